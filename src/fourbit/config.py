@@ -1,0 +1,266 @@
+"""One tree of frozen, validated settings: every default of fourbit, with its source, stands here once.
+
+A run is described by a `RunConfig`, read from YAML, overridden by `section.key=value` strings, and
+saved resolved in the run folder. Unknown keys are errors that name the nearest known one. Defaults
+follow QLoRA (arXiv:2305.14314) section 4 and appendix B where the paper gives one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fourbit.errors import ConfigError, nearest
+
+QuantType = Literal["nf4", "fp4", "int4", "none"]
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+#: QLoRA table 9: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B.
+LEARNING_RATE, LEARNING_RATE_LARGE, LARGE_MODEL = 2e-4, 1e-4, 32_000_000_000
+
+
+def learning_rate_for(parameters: int) -> float:
+    """The paper's learning rate for a model of so many parameters (QLoRA table 9)."""
+    return LEARNING_RATE_LARGE if parameters >= LARGE_MODEL else LEARNING_RATE
+
+
+def suggested_rank(parameters: int) -> tuple[int, int]:
+    """The range of LoRA ranks worth trying first for a model of so many parameters.
+
+    QLoRA (appendix A.1) finds quality independent of r from 8 to 256 once all linear layers carry
+    an adapter, and itself trains every size with 64; small models on narrow tasks need less.
+    """
+    if parameters < 3_000_000_000:
+        return 8, 16
+    if parameters < 30_000_000_000:
+        return 16, 64
+    return 64, 128
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _none_word(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelSettings(_Settings):
+    """The base model and how it is held in memory."""
+
+    path: str = Field(description="folder, hub name, or .gguf file of the base model")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    quant_type: QuantType = Field(
+        default="nf4", description="nf4, fp4, int4, or none (16-bit base, for plain LoRA or full fine-tuning)"
+    )
+    block_size: int = Field(default=64, description="weights per scale (QLoRA section 3: 64)")
+    double_quant: bool = Field(default=True, description="quantize the scales too (0.127 instead of 0.5 bits)")
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="dtype of matrix products; auto takes the faster of bfloat16 and float32"
+    )
+    device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size is {self.block_size}, must be one of {', '.join(map(str, BLOCK_SIZES))}")
+        return self
+
+
+class LoraSettings(_Settings):
+    """The adapter (Hu et al., arXiv:2106.09685; placement and rank from QLoRA section 4)."""
+
+    r: int = Field(default=16, ge=1, description="rank; 8 to 16 for small models, 64 to 128 above 30B")
+    alpha: float = Field(default=32, gt=0, description="the adapter's output is scaled by alpha / r")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the adapter's input (QLoRA: 0.05)")
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear", description="all-linear, attention, or a list of layer-name endings or patterns"
+    )
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead (arXiv:2312.03732)")
+    modules_to_save: Strings = Field(default=(), description="16-bit modules trained in full beside the adapter")
+
+
+class DataSettings(_Settings):
+    """What is trained on, and which tokens carry loss."""
+
+    train: Strings = Field(description="file, list of files (.jsonl .json .csv .parquet .txt) or `datasets` folder")
+    heldout: Strings = Field(default=(), description="files to evaluate on; empty splits them off the training rows")
+    heldout_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of rows split off when heldout is empty")
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = Field(
+        default="auto", description="messages, prompt_completion, instruction, text, or auto (by column names)"
+    )
+    prompt: str | None = Field(default=None, description='template of the prompt over columns, such as "{text}"')
+    completion: str | None = Field(default=None, description='template of the answer over columns, such as "{label}"')
+    system: str | None = Field(default=None, description="system message put before every conversation")
+    loss: Literal["completions", "all"] = Field(default="completions", description="train on answers only, or on all tokens")
+    max_length: int = Field(default=1024, ge=8, description="tokens; longer rows are dropped and counted, plain text is chunked")
+    max_rows: int | None = Field(default=None, ge=1, description="use only so many training rows, drawn by seed")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion templates go together: give both or neither")
+        return self
+
+
+class TrainSettings(_Settings):
+    """The loop (QLoRA appendix B unless said otherwise)."""
+
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps, whatever epochs says")
+    learning_rate: float | Literal["auto"] = Field(default="auto", description="auto: 2e-4, and 1e-4 from 33B (QLoRA table 9)")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="constant, linear or cosine, after warmup")
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of steps that ramp the learning rate up")
+    effective_batch: int = Field(default=16, ge=1, description="rows per optimizer step")
+    micro_batch: int = Field(default=4, ge=1, description="rows computed at once; changes memory and speed, not the result")
+    max_grad_norm: float = Field(default=0.3, gt=0, description="gradient clipping (QLoRA: 0.3)")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the variance (QLoRA: 0.999)")
+    activation_checkpointing: bool = Field(default=True, description="keep only layer inputs, recompute the rest")
+    group_by_length: bool = Field(default=True, description="batches of similar length, less padding (QLoRA)")
+    eval_every: int = Field(default=100, ge=1, description="optimizer steps between evaluations and checkpoints")
+    early_stop_patience: int | None = Field(
+        default=None, ge=1, description="stop after so many evaluations without a better held-out loss"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of split, order, adapter initialisation and dropout")
+    tensorboard: bool = Field(default=False, description="also write TensorBoard events into the run folder")
+
+
+class EvalSettings(_Settings):
+    """Generation while evaluating."""
+
+    max_new_tokens: int = Field(default=64, ge=1, description="longest answer generated")
+    batch_size: int = Field(default=32, ge=1, description="prompts generated at once")
+
+
+class RunConfig(_Settings):
+    """Everything that determines a run."""
+
+    model: ModelSettings
+    lora: Annotated[LoraSettings | None, BeforeValidator(_none_word)] = Field(
+        default=LoraSettings(), description="the adapter, or none for full fine-tuning (needs quant_type none)"
+    )
+    data: DataSettings
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+    output: str = Field(default="runs/latest", description="the run folder")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.lora is None and self.model.quant_type != "none":
+            raise ValueError("lora: none trains the base itself, which 4-bit weights cannot: set model.quant_type to none")
+        return self
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file (or start empty), apply `section.key=value` overrides, validate.
+
+    Values of overrides are YAML: `lora.r=32`, `data.train=[a.jsonl, b.jsonl]`, `lora=none`.
+    Raises ConfigError, naming file and key.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    for override in overrides or ():
+        _apply_override(tree, override)
+    return resolve(tree, source=str(path) if path is not None else "settings")
+
+
+def resolve(tree: dict[str, Any], source: str = "settings") -> RunConfig:
+    """Validate a plain tree of settings into a RunConfig; raises ConfigError in one line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, source)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved settings as YAML that `load_config` reads back to an equal RunConfig."""
+    tree = config.model_dump(mode="json")
+    if tree["lora"] is None:
+        tree["lora"] = "none"
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; `fourbit init {path}` writes one to start from") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "not valid UTF-8"
+        raise ConfigError(f"{path}{where}: not valid YAML ({problem})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections (model, lora, data, train), not a {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override}: write it as section.key=value, such as lora.r=32")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from None
+    *sections, leaf = key.strip().split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        node[section] = node = child if isinstance(child, dict) else {}
+    node[leaf] = value
+
+
+def _one_line(error: ValidationError, source: str) -> str:
+    first, count = error.errors()[0], error.error_count()
+    where = [str(part) for part in first["loc"]]
+    name = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        text = f"unknown key '{name}'{nearest(where[-1], _known_keys(where[:-1]))}"
+    elif first["type"] == "missing":
+        text = f"'{name}' is missing; {_describe(where)}"
+    else:
+        message = str(first["msg"]).removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        text = f"'{name}' = {first['input']!r}: {message}" if first["type"] != "value_error" else f"{name or 'config'}: {message}"
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    return f"{source}: {text}{more}"
+
+
+def section_class(path: list[str]) -> type[BaseModel] | None:
+    """The settings class at a dotted path of sections, or None where there is none."""
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSettings, "lora": LoraSettings, "data": DataSettings, "train": TrainSettings, "eval": EvalSettings
+    }  # fmt: skip
+    if not path:
+        return RunConfig
+    return sections.get(path[0]) if len(path) == 1 else None
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    owner = section_class(path)
+    return list(owner.model_fields) if owner else []
+
+
+def _describe(path: list[str]) -> str:
+    owner = section_class(path[:-1])
+    field = owner.model_fields.get(path[-1]) if owner else None
+    return f"give the {field.description}" if field and field.description else "add this section"

@@ -1,0 +1,53 @@
+"""Errors that a person reads.
+
+Every error that a user can cause is a `FourBitError`: one line that says what was wrong, where, and
+what to do. The command line prints that line and exits with the code below, without a traceback; an
+exception of any other class is a defect of fourbit and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FourBitError(Exception):
+    """Base of every error that a user can cause or repair."""
+
+    exit_code = 1
+
+
+class ConfigError(FourBitError, ValueError):
+    """A setting is unknown, malformed, or contradicts another."""
+
+    exit_code = 2
+
+
+class DataError(FourBitError, ValueError):
+    """Training or evaluation data cannot be used; names file and row."""
+
+    exit_code = 3
+
+
+class ModelError(FourBitError, ValueError):
+    """A model, checkpoint or adapter cannot be read or does not fit."""
+
+    exit_code = 4
+
+
+class QuantizationError(FourBitError, ValueError):
+    """A tensor cannot be quantized or its parts disagree."""
+
+    exit_code = 5
+
+
+class TrainingError(FourBitError, RuntimeError):
+    """A run cannot go on, such as three non-finite steps in a row."""
+
+    exit_code = 6
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the closest known name, or an empty string."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
