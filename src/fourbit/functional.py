@@ -1,0 +1,120 @@
+"""The 4-bit codec and product as functions: `from fourbit import functional as F4`.
+
+    q = F4.quantize_4bit(w, quant_type="nf4", block_size=64, double_quant=True)
+    w = F4.dequantize_4bit(q, dtype=torch.bfloat16)
+    y = F4.linear_4bit(x, q, bias=None)
+
+The rules are in `fourbit.reference`, the byte layout in `fourbit.tensor`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import fourbit.ops  # noqa: F401  defines torch.ops.fourbit
+from fourbit.codebooks import check_codebook
+from fourbit.codebooks import codebook as builtin_codebook
+from fourbit.errors import QuantizationError
+from fourbit.tensor import QuantizedTensor
+
+
+def quantize_4bit(
+    w: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    codebook: Tensor | None = None,
+    name: str | None = None,
+) -> QuantizedTensor:
+    """Quantize a tensor of any shape to 4 bits (QLoRA, arXiv:2305.14314, section 3).
+
+    w             fp32, bf16 or fp16; need not be contiguous
+    quant_type    "nf4", "fp4" or "int4"; "custom" with a codebook of one's own
+    block_size    values per scale: 32, 64, ..., 4096
+    double_quant  quantize the scales too: 4.127 instead of 4.5 bits per weight at block size 64
+    codebook      fp32 [16], largest magnitude 1, any order; makes quant_type "custom"
+    name          what to call the tensor in errors
+
+    Raises QuantizationError for NaN or infinity (with the name and the position), for another dtype or
+    block size, and for an unknown quant_type.
+    """
+    if codebook is not None:
+        quant_type, values = "custom", check_codebook(codebook).to(w.device)
+    elif quant_type == "custom":
+        raise QuantizationError("quant_type 'custom' needs a codebook; pass codebook=fp32 [16]")
+    else:
+        values = builtin_codebook(quant_type, w.device)
+    w = w.detach()
+    codes, absmax = torch.ops.fourbit.quantize_4bit(w, values, block_size)
+    # The scales of a block with NaN or infinity are not finite: no second pass over the weights.
+    if not absmax.isfinite().all():
+        raise _not_finite(w, name)
+    nested_absmax = offset = None
+    if double_quant:
+        absmax, nested_absmax, offset = torch.ops.fourbit.quantize_absmax(absmax)
+    return QuantizedTensor(
+        codes=codes,
+        absmax=absmax,
+        shape=tuple(w.shape),
+        dtype=w.dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+        codebook=values,
+        nested_absmax=nested_absmax,
+        offset=offset,
+    )
+
+
+def _not_finite(w: Tensor, name: str | None) -> QuantizationError:
+    first = int((~w.isfinite()).reshape(-1).to(torch.uint8).argmax())
+    position = [int(i) for i in torch.unravel_index(torch.tensor(first), w.shape)] if w.ndim else []
+    value = w.reshape(-1)[first].item()
+    return QuantizationError(
+        f"{name or 'the tensor'} of shape {list(w.shape)} has {value} at {position}; "
+        "a weight that is not finite cannot be quantized, repair the checkpoint"
+    )
+
+
+def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Restore a tensor of q's shape in `dtype`, by default the original one."""
+    w: Tensor = torch.ops.fourbit.dequantize_4bit(*_parts(q), q.shape, dtype or q.dtype)
+    return w
+
+
+def absmax_of(q: QuantizedTensor) -> Tensor:
+    """The block scales fp32 [b], restored if they are double-quantized."""
+    if q.nested_absmax is None:
+        return q.absmax
+    absmax: Tensor = torch.ops.fourbit.dequantize_absmax(q.absmax, q.nested_absmax, q.offset)
+    return absmax
+
+
+def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """Product of x [.., K] and q [N, K] transposed, plus bias [N]: [.., N] in x's dtype.
+
+    Differentiable in x and bias. Under torch.autocast it computes and returns in autocast's dtype, as
+    F.linear does.
+
+    Up to 16 rows are multiplied with the packed weight, in fp32 whatever the dtype; more restore the
+    weight in x's dtype first. Both agree up to rounding.
+
+    Raises QuantizationError if q is not a matrix or its columns are not x's.
+    """
+    if len(q.shape) != 2:
+        raise QuantizationError(f"a linear weight has two dimensions, this one has shape {list(q.shape)}")
+    if x.ndim == 0 or x.shape[-1] != q.shape[1]:
+        raise QuantizationError(
+            f"input of shape {list(x.shape)} does not fit a weight [{q.shape[0]}, {q.shape[1]}]; "
+            f"its last dimension must be {q.shape[1]}"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    y: Tensor = torch.ops.fourbit.linear_4bit(x, *_parts(q), q.shape[0], bias)
+    return y
+
+
+def _parts(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, int]:
+    return q.codes, q.absmax, q.nested_absmax, q.offset, q.codebook, q.block_size

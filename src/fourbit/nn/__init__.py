@@ -1,0 +1,1 @@
+"""Modules on 4-bit weights."""

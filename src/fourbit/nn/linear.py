@@ -1,0 +1,179 @@
+"""`Linear4bit`: a frozen linear layer that keeps its weight in 4 bits (QLoRA, arXiv:2305.14314).
+
+The packed weight is two or three flat `uint8` parameters that never take a gradient, so that casts
+(`.to(torch.bfloat16)`, `.half()`) leave them alone, FSDP shards them and a state dict holds them like
+any others:
+
+    weight         uint8 [ceil(n / 2)]        codes, n = out_features * in_features
+    weight_absmax  uint8 [b] or [4 b]         scale codes; the bytes of fp32 scales without double_quant
+    weight_consts  uint8 [4 ceil(b/256) + 4]  bytes of fp32 nested_absmax, then of offset; None without
+
+The bytes are bitsandbytes' and are never rewritten: what trains is what was loaded and what is saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.codebooks import check_block_size, check_codebook
+from fourbit.codebooks import codebook as builtin_codebook
+from fourbit.errors import QuantizationError
+from fourbit.functional import dequantize_4bit, linear_4bit, quantize_4bit
+from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
+
+
+class Linear4bit(nn.Linear):
+    """y = x @ W.T + bias with W [out_features, in_features] frozen in 4 bits.
+
+    compute_dtype  dtype of the product; x is cast to it and y back; None computes in x's dtype
+    dtype          of the bias and of what `dequantize` returns; the weight's original one
+    codebook       fp32 [16] for quant_type "custom"
+
+    A new layer has undefined bytes, to be filled by loading or materialised from the meta device; see
+    `from_linear` and `from_quantized`. The parameters are described at the top of the module.
+    """
+
+    weight: nn.Parameter
+    weight_absmax: nn.Parameter
+    weight_consts: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        codebook: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate and initialise a float weight
+        check_block_size(block_size)
+        if quant_type != "custom":
+            builtin_codebook(quant_type)  # refuses an unknown name here rather than at the first use
+        elif codebook is None:
+            raise QuantizationError("quant_type 'custom' needs a codebook; pass codebook=fp32 [16]")
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
+        self.compute_dtype, self.dtype = compute_dtype, dtype or torch.get_default_dtype()
+        # Not a buffer: casting the module would round it.
+        self._custom_codebook = check_codebook(codebook) if codebook is not None else None
+
+        numel = out_features * in_features
+        blocks = -(-numel // block_size)
+        nested = -(-blocks // NESTED_BLOCK_SIZE)
+        self.weight = _bytes((numel + 1) // 2, device)
+        self.weight_absmax = _bytes(blocks if double_quant else 4 * blocks, device)
+        self.register_parameter("weight_consts", _bytes(4 * nested + 4, device) if double_quant else None)
+        empty_bias = torch.empty(out_features, device=device, dtype=self.dtype)
+        self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        codebook: Tensor | None = None,
+        name: str | None = None,
+    ) -> Linear4bit:
+        """Quantize a float layer; `name` appears in errors. The bias is shared, not copied."""
+        q = quantize_4bit(linear.weight, quant_type, block_size, double_quant, codebook, name)
+        return cls.from_quantized(q, linear.bias, compute_dtype)
+
+    @classmethod
+    def from_quantized(
+        cls, q: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> Linear4bit:
+        """A layer on the bytes of a quantized matrix; codes are shared, not copied."""
+        if len(q.shape) != 2:
+            raise QuantizationError(f"a linear weight has two dimensions, this one has shape {list(q.shape)}")
+        layer = cls(
+            q.shape[1],
+            q.shape[0],
+            bias=bias is not None,
+            quant_type=q.quant_type,
+            block_size=q.block_size,
+            double_quant=q.double_quant,
+            compute_dtype=compute_dtype,
+            codebook=q.codebook if q.quant_type == "custom" else None,
+            device="meta",
+            dtype=q.dtype,
+        )
+        layer.weight = _frozen(q.codes.view(-1))
+        layer.weight_absmax = _frozen(q.absmax.view(torch.uint8))
+        if q.nested_absmax is not None and q.offset is not None:
+            layer.weight_consts = _frozen(torch.cat([q.nested_absmax, q.offset.view(1)]).view(torch.uint8))
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
+        return layer
+
+    @property
+    def codebook(self) -> Tensor:
+        """fp32 [16] on the weight's device."""
+        if self._custom_codebook is not None:
+            return self._custom_codebook.to(self.weight.device)
+        return builtin_codebook(self.quant_type, self.weight.device)
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight under the name by which PEFT finds a layer that has `dequantize()`."""
+        return self.weight
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a QuantizedTensor that shares memory with the parameters."""
+        absmax, nested_absmax, offset = self.weight_absmax.detach(), None, None
+        if self.weight_consts is None:
+            absmax = _as_fp32(absmax)
+        else:
+            constants = _as_fp32(self.weight_consts.detach())
+            nested_absmax, offset = constants[:-1], constants[-1]
+        return QuantizedTensor(
+            codes=self.weight.detach(),
+            absmax=absmax,
+            shape=(self.out_features, self.in_features),
+            dtype=self.dtype,
+            quant_type=self.quant_type,
+            block_size=self.block_size,
+            codebook=self.codebook,
+            nested_absmax=nested_absmax,
+            offset=offset,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The restored weight [out_features, in_features], by default in its original dtype."""
+        return dequantize_4bit(self.quantized(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [.., in_features] to [.., out_features], differentiable in x and bias."""
+        if self.compute_dtype is None:
+            return linear_4bit(x, self.quantized(), self.bias)
+        return linear_4bit(x.to(self.compute_dtype), self.quantized(), self.bias).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        raise QuantizationError("a 4-bit weight cannot be initialised; build the layer with from_linear")
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, "
+        text += f"bias={self.bias is not None}, {self.quant_type}, block_size={self.block_size}"
+        return text + (", double_quant" if self.double_quant else "")
+
+
+def _bytes(size: int, device: torch.device | str | None) -> nn.Parameter:
+    return _frozen(torch.empty(size, dtype=torch.uint8, device=device))
+
+
+def _frozen(data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=False)
+
+
+def _as_fp32(data: Tensor) -> Tensor:
+    # A reader may hand out a slice of a file that does not start on a multiple of four bytes.
+    return (data.clone() if data.storage_offset() % 4 else data).view(torch.float32)

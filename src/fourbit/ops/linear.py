@@ -1,0 +1,167 @@
+"""The 4-bit linear product and its gradient (QLoRA, arXiv:2305.14314, equation 5).
+
+    y = x @ W.T + bias        dL/dx = dL/dy @ W        W restored from 4 bits, never differentiated
+
+Few rows on a CPU are multiplied with the packed weight as it lies in memory: such a product is bound by
+reading the weight, which is a quarter the size. Many rows restore W once into the workspace and leave
+the product to torch. Nothing but the packed parts is kept for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit.errors import QuantizationError
+from fourbit.kernels import native
+from fourbit.ops.codec import check_float, check_parts, restored
+from fourbit.ops.library import LIBRARY, define, runs_native
+
+#: Up to this many rows, native code multiplies with the packed weight.
+FEW_ROWS = 16
+
+_PARTS = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor codebook, int block_size"
+
+
+def _check(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    features: int,
+    bias: Tensor | None = None,
+) -> None:
+    check_float(x.dtype, "the input of a 4-bit product")
+    if x.ndim == 0:
+        raise QuantizationError("the input of a 4-bit product needs at least one dimension, it has none")
+    check_parts(features * x.shape[-1], codes, absmax, nested, offset, block_size)
+    if bias is not None and (bias.shape != (features,) or bias.dtype != x.dtype):
+        raise QuantizationError(
+            f"bias must have {features} values of {x.dtype}, it has shape {list(bias.shape)} and {bias.dtype}"
+        )
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    _check(x, codes, absmax, nested, offset, block_size, out_features, bias)
+    in_features = x.shape[-1]
+    rows = x.reshape(x.shape[:-1].numel(), in_features)
+    if 0 < rows.shape[0] <= FEW_ROWS and runs_native(x):
+        y = native.linear_4bit(
+            rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
+        )
+    else:
+        shape = (out_features, in_features)
+        weight = restored(shape, x.dtype, codes, absmax, nested, offset, codebook, block_size)
+        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    _check(x, codes, absmax, nested, offset, block_size, out_features, bias)
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+define(f"linear_4bit(Tensor x, {_PARTS}, SymInt out_features, Tensor? bias) -> Tensor", _linear, _linear_fake)
+
+
+def _linear_backward(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    _check(grad, codes, absmax, nested, offset, block_size, in_features)
+    shape = (grad.shape[-1], in_features)
+    weight = restored(shape, grad.dtype, codes, absmax, nested, offset, codebook, block_size)
+    rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
+    return (rows @ weight).view(*grad.shape[:-1], in_features)
+
+
+def _linear_backward_fake(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    _check(grad, codes, absmax, nested, offset, block_size, in_features)
+    return grad.new_empty([*grad.shape[:-1], in_features])
+
+
+define(
+    f"linear_4bit_backward(Tensor grad, {_PARTS}, SymInt in_features) -> Tensor",
+    _linear_backward,
+    _linear_backward_fake,
+)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, absmax, nested, offset, codebook, ctx.block_size, _, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(codes, absmax, nested, offset, codebook)
+
+
+def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        parts = ctx.saved_tensors
+        grad_x = torch.ops.fourbit.linear_4bit_backward(grad, *parts, ctx.block_size, ctx.in_features)
+    if ctx.needs_input_grad[8]:
+        grad_bias = grad.sum_to_size(grad.shape[-1])
+    return grad_x, None, None, None, None, None, None, None, grad_bias
+
+
+torch.library.register_autograd(
+    "fourbit::linear_4bit", _differentiate_linear, setup_context=_save_linear, lib=LIBRARY
+)
+
+
+def _save_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, codes, absmax, nested, offset, codebook, ctx.block_size, _ = inputs
+    ctx.out_features = grad.shape[-1]
+    ctx.save_for_backward(codes, absmax, nested, offset, codebook)
+
+
+def _differentiate_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    parts = ctx.saved_tensors
+    again = torch.ops.fourbit.linear_4bit(grad, *parts, ctx.block_size, ctx.out_features, None)
+    return again, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fourbit::linear_4bit_backward",
+    _differentiate_linear_backward,
+    setup_context=_save_linear_backward,
+    lib=LIBRARY,
+)

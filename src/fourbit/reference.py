@@ -1,0 +1,135 @@
+"""The codec in plain torch: the definition that every kernel is tested against.
+
+Quantizing (QLoRA, arXiv:2305.14314, section 3). The tensor is flattened and cut into blocks of
+`block_size` values; for a block w in fp32
+
+    absmax = max |w|,    y = w * (1 / absmax),    code = index of the codebook value nearest to y
+
+The last block, where it is short, divides instead: y = w / absmax. That is bitsandbytes' CPU code, and
+codes have to be its bytes. A tie goes to the lower value. An absmax below 1e-38 counts as 1e-38 in the
+division only, so that a zero block has codes of zero and absmax zero.
+
+Restoring: fp32(codebook[code]) * absmax, rounded once to the wanted dtype.
+
+Double quantization (section 3): the mean of the scales, `offset`, is taken off, and what remains is
+quantized in blocks of 256 to the nearest value of an 8-bit map:
+
+    r = absmax - offset,    nested_absmax = max |r|,    y = r / nested_absmax
+    restored = map[code8] * nested_absmax + offset      (fp32, two roundings)
+
+Everything here runs on any device, in pieces of bounded size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fourbit.codebooks import dynamic_map, dynamic_thresholds, thresholds
+from fourbit.tensor import NESTED_BLOCK_SIZE
+
+# Values handled at once: a multiple of every block size, so that only the last piece has a short block.
+_PIECE = 1 << 22
+_SMALLEST = 1e-38
+# Scales summed by one halving tree in the mean of double quantization.
+_SUM_CHUNK = 4096
+
+
+def quantize_4bit(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize w, of any shape and floating dtype, with n values in b = ceil(n / block_size) blocks.
+
+    Returns codes uint8 [ceil(n / 2)], the first of two in the high nibble (an odd end is filled with
+    the code of zero), and absmax fp32 [b]. A block with NaN or infinity gets a non-finite absmax.
+    """
+    pieces = w.detach().reshape(-1).split(_PIECE)
+    parts = [_quantize_piece(piece.float(), codebook, block_size) for piece in pieces]
+    return torch.cat([codes for codes, _ in parts]), torch.cat([absmax for _, absmax in parts])
+
+
+def _quantize_piece(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    full = w.numel() - w.numel() % block_size
+    blocks, tail = w[:full].view(-1, block_size), w[full:]
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)
+    if tail.numel():
+        tail_absmax = tail.abs().amax().view(1)
+        absmax = torch.cat([absmax, tail_absmax])
+        scaled = torch.cat([scaled, tail / tail_absmax.clamp(min=_SMALLEST)])
+    scaled = F.pad(scaled.clamp(-1, 1), (0, scaled.numel() % 2))
+    bounds, order = thresholds(codebook)
+    codes = order[torch.bucketize(scaled, bounds)]  # the number of thresholds strictly below
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, ...],
+    codebook: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Restore a tensor of `shape` and `dtype` from codes uint8 [ceil(n / 2)] and absmax fp32 [b]."""
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    flat = out.view(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        target = flat[start : start + _PIECE]
+        bytes_ = codes[start // 2 : (start + target.numel() + 1) // 2]
+        index = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1).view(-1)[: target.numel()]
+        scales = absmax[start // block_size :][: -(-target.numel() // block_size)]
+        target.copy_(codebook[index.int()] * scales.repeat_interleave(block_size)[: target.numel()])
+    return out
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization of absmax fp32 [b].
+
+    Returns codes8 uint8 [b], nested_absmax fp32 [ceil(b / 256)], offset fp32 [] (the mean). Each code
+    is the nearest of the 256 values to y, without exception; ties go to the lower value.
+    """
+    offset = (_sum(absmax) / max(1, absmax.numel())).float()
+    residual = F.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    nested_absmax = residual.abs().amax(dim=1)
+    scaled = residual / nested_absmax.clamp(min=_SMALLEST).unsqueeze(1)
+    codes8 = torch.bucketize(scaled, dynamic_thresholds(absmax.device))
+    return codes8.to(torch.uint8).view(-1)[: absmax.numel()], nested_absmax, offset
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sum in fp64 in an order that no device or thread count changes.
+
+    The values, padded with zeros to whole chunks of 4096, are summed chunk by chunk, each by adding
+    its second half to its first until one value is left; the chunk sums are the values of the next
+    round, and one remaining value is the sum. No values sum to 0.
+    """
+    values = values.double()
+    while values.numel() > 1:
+        values = F.pad(values, (0, -values.numel() % _SUM_CHUNK)).view(-1, _SUM_CHUNK)
+        while values.shape[1] > 1:
+            first, second = values.chunk(2, dim=1)
+            values = first + second
+        values = values.view(-1)
+    return values.sum()
+
+
+def dequantize_absmax(codes8: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """Restore absmax fp32 [b] from double quantization."""
+    scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes8.numel()]
+    return dynamic_map(codes8.device)[codes8.int()] * scales + offset
+
+
+def linear_4bit(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    out_features: int,
+    codebook: Tensor,
+    block_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """Product of x [.., K] and the restored weight [out_features, K] transposed, plus bias, in x's dtype
+    (QLoRA equation 5 without the adapter).
+    """
+    shape = (out_features, x.shape[-1])
+    return F.linear(x, dequantize_4bit(codes, absmax, shape, codebook, block_size, x.dtype), bias)
