@@ -2,7 +2,7 @@
 
     q = F4.quantize_4bit(w, quant_type="nf4", block_size=64, double_quant=True)
     w = F4.dequantize_4bit(q, dtype=torch.bfloat16)
-    y = F4.linear_4bit(x, q, bias=None)
+    y = F4.linear_4bit(x, q, bias=None)                                 # differentiable in x
 
 The rules are in `fourbit.reference`, the byte layout in `fourbit.tensor`.
 """
@@ -113,6 +113,28 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     if bias is not None:
         bias = bias.to(x.dtype)
     y: Tensor = torch.ops.fourbit.linear_4bit(x, *_parts(q), q.shape[0], bias)
+    return y
+
+
+def linear_4bit_grad(grad: Tensor, q: QuantizedTensor) -> Tensor:
+    """Gradient of `linear_4bit` in its input: grad [.., N] times q [N, K], in grad's dtype."""
+    grad_x: Tensor = torch.ops.fourbit.linear_4bit_backward(grad, *_parts(q), q.shape[1])
+    return grad_x
+
+
+def keyed_dropout(
+    x: Tensor, p: float, rows: Tensor, positions: Tensor, *, layer: int, seed: int, step: int
+) -> Tensor:
+    """Dropout of x [T, K] at rate p whose mask depends on nothing but its keys; differentiable in x.
+
+    rows, positions  int64 [T]: training row and position in it of each token
+    layer            number of the layer, modulo 2^32
+    seed, step       of the run, and the optimizer step
+
+    The mask is made again in backward, and the gradient passes through this very function, so code
+    that differentiates by hand may call it on the gradient. The rate is rounded to 1 / 65536.
+    """
+    y: Tensor = torch.ops.fourbit.keyed_dropout(x, p, rows, positions, layer, seed, step)
     return y
 
 

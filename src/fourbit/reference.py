@@ -133,3 +133,55 @@ def linear_4bit(
     """
     shape = (out_features, x.shape[-1])
     return F.linear(x, dequantize_4bit(codes, absmax, shape, codebook, block_size, x.dtype), bias)
+
+
+def keyed_dropout(
+    x: Tensor, p: float, rows: Tensor, positions: Tensor, layer: int, seed: int, step: int
+) -> Tensor:
+    """Drop elements of x [T, K] at the rate p and scale the kept ones: x * mask / (1 - p).
+
+    The rate is rounded to a multiple of 1 / 65536; the product is fp32, rounded once to x's dtype.
+    Which elements are dropped depends on nothing but the keys, see `dropout_mask`; the gradient is
+    the same function of the gradient.
+    """
+    mask = dropout_mask(p, rows, positions, x.shape[1], layer, seed, step)
+    kept = torch.tensor(65536.0 - dropped_of_65536(p), dtype=torch.float32, device=x.device)
+    return torch.where(mask, x.float() * (65536.0 / kept), 0.0).to(x.dtype)
+
+
+def dropped_of_65536(p: float) -> int:
+    """The dropout rate p in units of 1 / 65536, rounded half up."""
+    return int(p * 65536 + 0.5)
+
+
+def dropout_mask(
+    p: float, rows: Tensor, positions: Tensor, columns: int, layer: int, seed: int, step: int
+) -> Tensor:
+    """Which elements are kept: bool [T, columns], for T tokens known by int64 row and position.
+
+    Philox4x32-10 (Salmon et al., SC 2011) with counter (row, position, column // 8, layer) and key
+    (low xor high half of seed, step), all modulo 2^32, gives eight 16-bit numbers, the low half of
+    each word first, for eight columns; a column is dropped when its number is below 65536 p.
+    """
+    blocks = torch.arange(-(-columns // 8), device=rows.device)
+    key = torch.tensor([(seed ^ (seed >> 32)) & _LOW32, step & _LOW32], device=rows.device)
+    counter = [rows[:, None], positions[:, None], blocks, torch.tensor(layer, device=rows.device)]
+    words = philox([word & _LOW32 for word in counter], key)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=-1).flatten(1)[:, :columns] >= dropped_of_65536(p)
+
+
+_LOW32 = 0xFFFFFFFF
+
+
+def philox(counter: list[Tensor], key: Tensor) -> list[Tensor]:
+    """Philox4x32-10: four counter words and two key words, int64 in 0..2^32-1, to four such words."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        # A product may pass 2^63 and wrap; bits 0 to 63 stay right.
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (second >> 32) & _LOW32 ^ c1 ^ k0, second & _LOW32
+        c2, c3 = (first >> 32) & _LOW32 ^ c3 ^ k1, first & _LOW32
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return [c0, c1, c2, c3]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fourbit.ops import codec, linear
+from fourbit.ops import codec, dropout, linear
 
-__all__ = ["codec", "linear"]
+__all__ = ["codec", "dropout", "linear"]
