@@ -1,0 +1,75 @@
+// Which instruction set is used: chosen once when the library is loaded, changed only by fb_set_isa.
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "fourbit.h"
+#include "kernels.h"
+
+namespace {
+
+#define FB_TABLE(isa)                                                                    \
+    {#isa,        isa::quantize, isa::dequantize, isa::has_nonfinite, isa::prepare, isa::linear, \
+     isa::dot, isa::dropout}
+
+const Kernels scalar_kernels = FB_TABLE(scalar);
+#if defined(FB_HAVE_AVX2)
+const Kernels avx2_kernels = FB_TABLE(avx2);
+#endif
+#if defined(FB_HAVE_AVX512)
+const Kernels avx512_kernels = FB_TABLE(avx512);
+#endif
+#if defined(FB_HAVE_NEON)
+const Kernels neon_kernels = FB_TABLE(neon);
+#endif
+
+// Worst first, so that the last one is the default.
+std::vector<const Kernels*> available() {
+    std::vector<const Kernels*> found{&scalar_kernels};
+#if defined(FB_HAVE_AVX2)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        found.push_back(&avx2_kernels);
+#endif
+#if defined(FB_HAVE_AVX512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&avx512_kernels);
+#endif
+#if defined(FB_HAVE_NEON)
+    found.push_back(&neon_kernels);
+#endif
+    return found;
+}
+
+const std::vector<const Kernels*> all = available();
+std::atomic<const Kernels*> chosen{all.back()};
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
+
+int64_t fb_abi(void) { return FB_ABI_VERSION; }
+
+const char* fb_isa(void) { return kernels().name; }
+
+const char* fb_isas(void) {
+    static const std::string names = [] {
+        std::string joined;
+        for (const Kernels* table : all) joined += (joined.empty() ? "" : " ") + std::string(table->name);
+        return joined;
+    }();
+    return names.c_str();
+}
+
+int fb_set_isa(const char* name) {
+    for (const Kernels* table : all) {
+        if (std::strcmp(table->name, name) == 0) {
+            chosen.store(table, std::memory_order_relaxed);
+            return 0;
+        }
+    }
+    return 1;
+}

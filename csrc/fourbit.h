@@ -1,0 +1,73 @@
+// The C ABI of fourbit's native library: plain C++17 on raw pointers, no Python and no torch.
+//
+// Common to all functions
+//   dtype    0 fp32, 1 bf16, 2 fp16
+//   threads  the most OpenMP threads a call may use; small calls use one
+//   return   0, or 1 when an argument is out of range (nothing is written then)
+//
+// A 4-bit tensor of n values lies flat in blocks of `block_size` values, a multiple of 32. Two codes
+// share a byte, the first in the high nibble; each block has one fp32 scale, absmax; the last block
+// may be short. Where `nested_absmax` is given, `absmax` points to 8-bit codes instead and block i
+// has the scale map[absmax[i]] * nested_absmax[i / 256] + offset[0] (double quantization).
+//
+// Every result is the same for every instruction set and thread count: bit for bit in the codec and
+// in dropout, up to the order of fp32 summation in the few-row product.
+#pragma once
+
+#include <cstdint>
+
+#if defined(_WIN32)
+#define FB_API extern "C" __declspec(dllexport)
+#else
+#define FB_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Raised whenever a signature below or its meaning changes; the loader refuses another number.
+#define FB_ABI_VERSION 1
+
+FB_API int64_t fb_abi(void);
+
+// Instruction sets: the one in use, those this machine has (best last, one space apart), and the
+// choice of another for tests. fb_set_isa returns 1 for a name that fb_isas does not list.
+FB_API const char* fb_isa(void);
+FB_API const char* fb_isas(void);
+FB_API int fb_set_isa(const char* name);
+
+// Position of the first NaN or infinity among n values, or -1.
+FB_API int64_t fb_find_nonfinite(const void* w, int dtype, int64_t n, int threads);
+
+// codes[ceil(n/2)], absmax[ceil(n/block_size)] of w[n]. `thresholds` are the 15 ascending midpoints
+// of the sorted codebook, `order` maps a sorted position to its code. A block that holds a NaN or an
+// infinity gets a non-finite absmax and unspecified codes.
+FB_API int fb_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size,
+                            const float* thresholds, const uint8_t* order, uint8_t* codes,
+                            float* absmax, int threads);
+
+// out[n] = codebook[code] * absmax in fp32, rounded once (to nearest, ties to even) to `dtype`.
+FB_API int fb_dequantize_4bit(const uint8_t* codes, const void* absmax, const float* nested_absmax,
+                              const float* offset, const float* map, int64_t n, int64_t block_size,
+                              const float* codebook, void* out, int dtype, int threads);
+
+// Double quantization of b scales: codes8[b], nested_absmax[ceil(b/256)], offset[1] (their mean, summed
+// in fp64 in a fixed order). `thresholds` are the 255 ascending midpoints of the 8-bit map.
+FB_API int fb_quantize_absmax(const float* absmax, int64_t b, const float* thresholds,
+                              uint8_t* codes8, float* nested_absmax, float* offset, int threads);
+FB_API int fb_dequantize_absmax(const uint8_t* codes8, const float* nested_absmax,
+                                const float* offset, const float* map, int64_t b, float* absmax,
+                                int threads);
+
+// y[M,N] = x[M,K] @ dequantized[N,K]^T + bias[N], accumulated in fp32 and rounded once to `dtype`;
+// x, y and bias (or null) share it. Made for few rows. A row of y does not depend on M.
+FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_t N,
+                          const uint8_t* codes, const void* absmax, const float* nested_absmax,
+                          const float* offset, const float* map, int64_t block_size,
+                          const float* codebook, const void* bias, void* y, int threads);
+
+// y[T,K] = x[T,K] with elements dropped at probability round(p * 65536) / 65536 and the kept ones
+// divided by one minus it, in fp32, rounded to `dtype`. Which ones depends on (seed, step, layer,
+// row[t], position[t], k) alone: Philox4x32-10 with key (seed lo32 xor hi32, step) and counter
+// (row, position, k / 8, layer), each taken modulo 2^32; element k uses the (k % 8)-th 16 bits. y may
+// be x.
+FB_API int fb_dropout(const void* x, int dtype, int64_t T, int64_t K, const int64_t* row,
+                      const int64_t* position, int64_t layer, int64_t seed, int64_t step, double p,
+                      void* y, int threads);

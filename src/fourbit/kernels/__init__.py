@@ -1,0 +1,1 @@
+"""Fast implementations of the operators; `fourbit.reference` defines what they compute."""

@@ -1,0 +1,301 @@
+"""The C++ library, loaded through ctypes: one table of signatures and a thin function for each.
+
+The library (csrc/fourbit.h describes it) knows nothing of Python and torch. It is found in the folder
+that the environment variable FOURBIT_NATIVE names, or else beside this package, and loaded at first
+use; after torch, so that both share one OpenMP runtime. FOURBIT_ISA picks an instruction set other
+than the best this machine has.
+
+The functions take CPU tensors whose sizes and dtypes the operators have checked, and release the
+interpreter lock. They give the same bytes as `fourbit.reference`, the few-row product excepted, which
+keeps weights and sums in fp32 where the reference multiplies in the input's dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fourbit.codebooks import dynamic_map, dynamic_thresholds
+from fourbit.errors import ConfigError
+from fourbit.tensor import NESTED_BLOCK_SIZE
+
+_ABI = 1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# name: result, arguments. Pointers are addresses (None is null); sizes are int64; the last int of a
+# kernel is its number of threads.
+_P, _I, _N = c_void_p, c_int, c_int64
+_SIGNATURES = {
+    "fb_abi": (_N, []),
+    "fb_isa": (c_char_p, []),
+    "fb_isas": (c_char_p, []),
+    "fb_set_isa": (_I, [c_char_p]),
+    "fb_find_nonfinite": (_N, [_P, _I, _N, _I]),
+    "fb_quantize_4bit": (_I, [_P, _I, _N, _N, _P, _P, _P, _P, _I]),
+    "fb_dequantize_4bit": (_I, [_P, _P, _P, _P, _P, _N, _N, _P, _P, _I, _I]),
+    "fb_quantize_absmax": (_I, [_P, _N, _P, _P, _P, _P, _I]),
+    "fb_dequantize_absmax": (_I, [_P, _P, _P, _P, _N, _P, _I]),
+    "fb_linear_4bit": (_I, [_P, _I, _N, _N, _N, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
+    "fb_dropout": (_I, [_P, _I, _N, _N, _P, _P, _N, _N, _N, c_double, _P, _I]),
+}
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    folder = Path(os.environ.get("FOURBIT_NATIVE") or Path(__file__).parent.parent)
+    found = sorted(path for pattern in ("so", "dll", "dylib") for path in folder.glob(f"fourbit_native*.{pattern}"))
+    if not found:
+        return None, f"no fourbit_native library in {folder}; build it with `pip install .` or cmake"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"{found[0]} cannot be used: {error}"
+    if (abi := library.fb_abi()) != _ABI:
+        return None, f"{found[0]} has interface {abi} and this fourbit needs {_ABI}; build it again"
+    return library, ""
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the native library is not loaded: {reason}")
+    if wanted := os.environ.get("FOURBIT_ISA"):
+        _choose(library, wanted, "FOURBIT_ISA")
+    return library
+
+
+def available() -> bool:
+    """Whether the library is there and loads.
+
+    Raises ConfigError if FOURBIT_ISA names an instruction set that this machine does not have.
+    """
+    return _load()[0] is not None and _library() is not None
+
+
+def load_error() -> str | None:
+    """Why the library is not available, or None."""
+    return _load()[1] or None
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _text(_library().fb_isa())
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine and this build have, best last."""
+    return tuple(_text(_library().fb_isas()).split())
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on, in the whole process.
+
+    Raises ConfigError for one that this machine or this build does not have.
+    """
+    _choose(_library(), name, "set_isa")
+
+
+def _choose(library: ctypes.CDLL, name: str, where: str) -> None:
+    if library.fb_set_isa(name.encode()):
+        known = ", ".join(_text(library.fb_isas()).split())
+        raise ConfigError(f"{where}: instruction set '{name}' is not available here; use one of {known}")
+
+
+def _text(value: bytes) -> str:
+    return value.decode("ascii")
+
+
+def openmp_runtimes() -> list[str]:
+    """Paths of the OpenMP runtimes mapped into this process; more than one compete for the cores.
+
+    Empty where the system has no /proc.
+    """
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    paths = {line.split(maxsplit=5)[-1] for line in lines}
+    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(status: int, name: str) -> None:
+    if status:
+        raise RuntimeError(f"{name} refused its arguments; the operator should have checked them")
+
+
+def find_nonfinite(w: Tensor) -> int:
+    """Flat position of the first NaN or infinity of the contiguous w (fp32, bf16, fp16), or -1."""
+    found: int = _library().fb_find_nonfinite(w.data_ptr(), _DTYPES[w.dtype], w.numel(), torch.get_num_threads())
+    return found
+
+
+def quantize_4bit(w: Tensor, thresholds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize the contiguous w of n values with `codebooks.thresholds`: (fp32 [15], uint8 [16]).
+
+    Returns codes uint8 [ceil(n / 2)] and absmax fp32 [ceil(n / block_size)]. The absmax of a block that
+    holds a NaN or an infinity is not finite, and its codes mean nothing.
+    """
+    n = w.numel()
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    status = _library().fb_quantize_4bit(
+        w.data_ptr(),
+        _DTYPES[w.dtype],
+        n,
+        block_size,
+        thresholds.data_ptr(),
+        order.data_ptr(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "quantize_4bit")
+    return codes, absmax
+
+
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    """Restore out.numel() values into the contiguous `out`, fp32, bf16 or fp16.
+
+    absmax is fp32 [b], or uint8 [b] with nested_absmax fp32 [ceil(b / 256)] and offset fp32 [].
+    """
+    codes, absmax = codes.contiguous(), absmax.contiguous()
+    status = _library().fb_dequantize_4bit(
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        _address(nested_absmax),
+        _address(offset),
+        dynamic_map().data_ptr(),
+        out.numel(),
+        block_size,
+        codebook.data_ptr(),
+        out.data_ptr(),
+        _DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )
+    _check(status, "dequantize_4bit")
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization of the contiguous absmax fp32 [b].
+
+    Returns codes8 uint8 [b], nested_absmax fp32 [ceil(b / 256)] and offset fp32 [].
+    """
+    blocks = absmax.numel()
+    codes8 = torch.empty(blocks, dtype=torch.uint8)
+    nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
+    offset = torch.empty((), dtype=torch.float32)
+    status = _library().fb_quantize_absmax(
+        absmax.data_ptr(),
+        blocks,
+        dynamic_thresholds().data_ptr(),
+        codes8.data_ptr(),
+        nested_absmax.data_ptr(),
+        offset.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "quantize_absmax")
+    return codes8, nested_absmax, offset
+
+
+def dequantize_absmax(codes8: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """Restore absmax fp32 [b] from double quantization."""
+    codes8, nested_absmax = codes8.contiguous(), nested_absmax.contiguous()
+    absmax = torch.empty(codes8.numel(), dtype=torch.float32)
+    status = _library().fb_dequantize_absmax(
+        codes8.data_ptr(),
+        nested_absmax.data_ptr(),
+        offset.data_ptr(),
+        dynamic_map().data_ptr(),
+        codes8.numel(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "dequantize_absmax")
+    return absmax
+
+
+def linear_4bit(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """Multiply the contiguous x [M, K], few rows, by the packed weight [out_features, K] transposed.
+
+    Returns x's dtype [M, out_features]; bias has x's dtype too. Weights and sums are fp32, rounded once
+    at the end; a row of the result does not depend on the other rows.
+    """
+    codes, absmax = codes.contiguous(), absmax.contiguous()
+    y = x.new_empty(x.shape[0], out_features)
+    status = _library().fb_linear_4bit(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        out_features,
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        _address(nested_absmax),
+        _address(offset),
+        dynamic_map().data_ptr(),
+        block_size,
+        codebook.data_ptr(),
+        _address(bias),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "linear_4bit")
+    return y
+
+
+def dropout(
+    x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, step: int, p: float
+) -> Tensor:
+    """Drop elements of the contiguous x [T, K] with probability p and scale the kept ones.
+
+    row and position are int64 [T]; the mask is a function of them, the column, layer, seed and step
+    (see `reference.dropout_mask`), so calling this on the gradient is the backward pass.
+    """
+    y = torch.empty_like(x)
+    status = _library().fb_dropout(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        row.contiguous().data_ptr(),
+        position.contiguous().data_ptr(),
+        layer,
+        seed,
+        step,
+        p,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "dropout")
+    return y
