@@ -1,0 +1,14 @@
+"""From files to batches: read, render with the chat template, mask, and order.
+
+    row.py        one record and where it stands
+    read.py       files to rows (lines.py: JSON and text; tables.py: CSV, Parquet, `datasets` folders)
+    forms.py      rows to conversations, prompt and completion, or documents, by their column names
+    template.py   conversations to text, and which characters of it the assistant wrote
+    tokens.py     text to token ids and the characters each token covers
+    render.py     the three together: one row to an `Example`, ids and mask
+    encode.py     many rows to an `Encoded`; the prompt alone, for evaluation; the held-out split
+    order.py      permutations that are the same on every machine
+    batch.py      examples to optimizer steps, micro-batches and padded tensors
+
+Nothing is imported here, so that reading files needs neither torch nor transformers.
+"""

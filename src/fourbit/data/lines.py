@@ -1,0 +1,104 @@
+"""JSON lines, JSON lists and plain text, with the line at which each record begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fourbit.data.row import Row, kind_of
+from fourbit.errors import DataError
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """One JSON object per line. Lines end at a newline only: JSON text may hold other separators."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    if lines == [b""]:
+        return
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            raise DataError(f"{path}:{number}: the row is empty; remove the blank line")
+        text = _decode(raw, f"{path}:{number}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _malformed(path, number, f"{error.msg}, column {error.colno}") from None
+        except RecursionError:
+            raise _malformed(path, number, "nested too deeply") from None
+        yield _object(value, path, number)
+
+
+def json_list(path: Path) -> Iterator[Row]:
+    """A JSON list of objects, read one by one so that each knows its line."""
+    text = _decode(path.read_bytes(), str(path)).removeprefix("\ufeff")
+    decoder = json.JSONDecoder()
+    position = _skip_space(text, 0)
+    if position == len(text):
+        return
+    if text[position] != "[":
+        raise DataError(
+            f"{path}:1: not a list of objects; write [{{...}}, ...], or name it .jsonl if it has one per line"
+        )
+    position, line, counted = _skip_space(text, position + 1), 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise _malformed(path, error.lineno, f"{error.msg}, column {error.colno}") from None
+        except RecursionError:
+            raise _malformed(path, line, "nested too deeply") from None
+        yield _object(value, path, line)
+        position = _after_item(text, position, path)
+    rest = _skip_space(text, position + 1)
+    if rest != len(text):
+        raise DataError(
+            f"{path}:{text.count(chr(10), 0, rest) + 1}: text after the end of the list; remove it"
+        )
+
+
+def whole_text(path: Path) -> Iterator[Row]:
+    """A whole file as one document in the column `text`."""
+    text = _decode(path.read_bytes(), str(path)).removeprefix("\ufeff").replace("\r\n", "\n")
+    if text.strip():
+        yield Row({"text": text}, str(path), 1)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _after_item(text: str, position: int, path: Path) -> int:
+    """The place of the next item, or of the closing bracket; a comma stands before every further item."""
+    position = _skip_space(text, position)
+    mark = text[position : position + 1]
+    if mark == "]":
+        return position
+    following = _skip_space(text, position + 1)
+    if mark == "," and text[following : following + 1] not in ("]", ""):
+        return following
+    raise _malformed(
+        path, text.count("\n", 0, position) + 1, "expected a comma and an object, or the list's end"
+    )
+
+
+def _malformed(path: Path, line: int, reason: str) -> DataError:
+    return DataError(f"{path}:{line}: not valid JSON ({reason}); repair the row")
+
+
+def _object(value: Any, path: Path, line: int) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}:{line}: the row is {kind_of(value)}, must be an object with named columns")
+    if not value:
+        raise DataError(f"{path}:{line}: the row is empty; remove it")
+    return Row(value, str(path), line)
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
