@@ -221,6 +221,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from None
+    if isinstance(value, dict):  # no single setting is a mapping: {text} is a template, as typed
+        value = text
     *sections, leaf = key.strip().split(".")
     node = tree
     for section in sections:

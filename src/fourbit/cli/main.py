@@ -1,49 +1,64 @@
-"""`fourbit COMMAND ...`: find the command's file, run it, turn a user's error into one line."""
+"""The `fourbit` command: one module per subcommand, imported only when it is the one that runs.
+
+Exit codes: 0 done, 1 failed, 2 settings or arguments, 3 data, 4 model or adapter, 5 quantization,
+6 training, 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 
-import fourbit
+from fourbit import __version__
 from fourbit.errors import FourBitError, nearest
 
-#: Each is a module of this package with `add_parser(subparsers)`, which sets `run(args) -> exit code`.
-COMMANDS = ("init", "train", "eval", "chat", "quantize", "doctor")
-_INTERRUPTED = 130
+COMMANDS = {
+    "init": "write a commented config file to start from",
+    "train": "fine-tune a model as a config file says",
+    "eval": "score a model, and its adapter beside it",
+    "chat": "talk to a model or a finished run",
+    "quantize": "write a model as a 4-bit checkpoint",
+    "doctor": "say what this machine and this installation can do",
+}
+INTERRUPTED = 130
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (2 for wrong usage, 130 for Ctrl-C)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(arguments).parse_args(arguments)
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a user's mistake ends in one line on standard error, never in a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = next((word for word in argv if not word.startswith("-")), None)
+    if name not in COMMANDS:
+        return _without_command(argv, name)
+    parser = argparse.ArgumentParser(prog="fourbit")
+    subparsers = parser.add_subparsers(dest="command")
+    import_module(f"fourbit.cli.{name}").add_parser(subparsers)
+    args = parser.parse_args(argv)
     try:
-        code: int = args.run(args)
+        return int(args.run(args))
     except FourBitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"fourbit {name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    return code
+        print(f"fourbit {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
 
 
-def _parser(arguments: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fourbit",
-        description="Fine-tune language models in 4 bits (QLoRA).",
-        epilog="example: fourbit train --model models/SmolLM2-135M --data tickets.jsonl",
-    )
-    parser.add_argument("--version", action="version", version=f"fourbit {fourbit.__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    named = next((word for word in arguments if not word.startswith("-")), None)
-    if named is not None and named not in COMMANDS:
-        parser.error(f"unknown command '{named}'{nearest(named, COMMANDS)}; known: {', '.join(COMMANDS)}")
-    for command in (named,) if named else COMMANDS:
-        import_module(f"fourbit.cli.{command}").add_parser(subparsers)
-    return parser
+def _without_command(argv: list[str], name: str | None) -> int:
+    lines = [f"  {command:<10} {text}" for command, text in COMMANDS.items()]
+    usage = "usage: fourbit COMMAND ...\n\n" + "\n".join(lines) + "\n\n`fourbit COMMAND --help` says more.\n"
+    if argv == ["--version"]:
+        print(f"fourbit {__version__}")
+        return 0
+    if name is None and argv in ([], ["--help"], ["-h"]):
+        print(usage, end="")
+        return 0
+    problem = f"no command '{name}'{nearest(name, COMMANDS)}" if name else f"unknown option '{argv[0]}'"
+    print(f"fourbit: error: {problem}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

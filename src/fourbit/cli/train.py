@@ -1,0 +1,62 @@
+"""`fourbit train`: fine-tune as a config file, or a few options, say."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fourbit.cli.common import add_config_arguments, console, print_json, read_settings
+from fourbit.cli.main import INTERRUPTED
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="fine-tune a model",
+        description="Fine-tune a model in 4 bits with a LoRA adapter, into a run folder.",
+        epilog="example: fourbit train --model models/SmolLM2-135M --data tickets.jsonl --output runs/tickets --set train.epochs=2",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="load and check everything, train nothing")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or with --dry-run say what would be trained."""
+    config = read_settings(args)
+    from fourbit.training import run as training  # torch and transformers, only once the settings are right
+
+    out = console(args.json)
+    if args.dry_run:
+        result = training.dry_run(config, out)
+        if args.json:
+            print_json(result)
+        return 0
+    result = training.run(config, out, resume=args.resume, overwrite=args.overwrite)
+    if args.json:
+        print_json({**result.metrics, "folder": str(result.folder), "adapter": str(result.adapter)})
+    else:
+        out.print(_closing(result.metrics, result.stopped, str(result.folder)), highlight=False, soft_wrap=True)
+    return INTERRUPTED if result.stopped == "interrupted" else 0
+
+
+def _closing(metrics: dict[str, Any], stopped: str, folder: str) -> str:
+    how = {
+        "done": "finished",
+        "early": "stopped early, the held-out loss no longer falls,",
+        "interrupted": "interrupted, everything is saved,",
+    }[stopped]
+    lines = [
+        f"{how} after {metrics['steps']} steps, {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s "
+        f"({metrics['tokens_per_second']:,.0f} tokens/s), peak memory {metrics['peak_bytes'] / 1e9:.2f} GB"
+    ]
+    if metrics["heldout_loss"] is not None:
+        lines.append(f"best held-out loss {metrics['heldout_loss']:.4f} at step {metrics['best_step']}")
+    if stopped == "interrupted":
+        lines.append(f"go on: fourbit train {folder}/config.yaml --resume")
+    else:
+        lines += [f"adapter: {folder}/adapter", f"talk to it: fourbit chat {folder}"]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Memory: what is used, and (in later releases) what will be."""

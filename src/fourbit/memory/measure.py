@@ -1,0 +1,31 @@
+"""Resident memory of this process, as the operating system counts it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident set so far, file-backed pages included (VmHWM on Linux)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Resident set now; falls back to the peak where /proc does not exist."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_resident_bytes()
+    return pages * resource.getpagesize()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The peak that matters for a device: allocated device memory on a GPU, the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()

@@ -1,0 +1,1 @@
+"""Base models: loading, quantizing while loading, adapters, saving."""

@@ -1,0 +1,165 @@
+"""Attaching, saving and loading LoRA adapters: PEFT's, with fourbit's layer in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import peft.tuners.lora.model as peft_lora
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from fourbit.config import LoraSettings
+from fourbit.errors import ConfigError, ModelError, nearest
+from fourbit.nn.dropout import KeySource
+from fourbit.nn.linear import Linear4bit
+from fourbit.nn.lora import LoraLinear
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
+
+
+def add_lora(
+    model: PreTrainedModel,
+    r: int = LoraSettings.model_fields["r"].default,
+    alpha: float = LoraSettings.model_fields["alpha"].default,
+    dropout: float = LoraSettings.model_fields["dropout"].default,
+    target_modules: str | Sequence[str] = "all-linear",
+    rslora: bool = False,
+    modules_to_save: Sequence[str] = (),
+    seed: int = 0,
+    **peft_options: Any,
+) -> PeftModel:
+    """Put a trainable LoRA adapter on a frozen base; its weights are fp32, B is zero.
+
+    target_modules  "all-linear" (every linear layer but the head), "attention", or names: endings of
+                    layer names, or regular expressions over them
+    peft_options    further settings of `peft.LoraConfig`, such as rank_pattern or use_dora
+
+    Raises ConfigError for a rank below 1 or targets that match no layer.
+    """
+    if r < 1:
+        raise ConfigError(f"lora.r = {r}: a rank is at least 1 (8 to 16 suit small models)")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=_targets(model, target_modules),
+        use_rslora=rslora,
+        modules_to_save=list(modules_to_save) or None,
+        task_type="CAUSAL_LM",
+        **peft_options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with _fourbit_layers():
+            adapted = get_peft_model(model, config)
+    return _wire(adapted)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], trainable: bool = False) -> PeftModel:
+    """Put a saved PEFT adapter on its base. Raises ModelError naming the folder when it does not fit."""
+    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
+    try:
+        with _fourbit_layers():
+            adapted = PeftModel.from_pretrained(model, os.fspath(folder), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: this adapter does not fit the model ({reason})") from error
+    return _wire(adapted)
+
+
+def key_source(model: nn.Module) -> KeySource | None:
+    """The dropout keys that all adapter layers of a model share, or None without an adapter."""
+    return next((layer.key_source for layer in _layers(model)), None)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters. A packed weight counts its real number of weights, not its bytes."""
+    packed = {
+        id(parameter): (module.in_features * module.out_features if name == "weight" else 0)
+        for module in model.modules()
+        if isinstance(module, Linear4bit)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name != "bias"
+    }
+    counts = [(p.requires_grad, packed.get(id(p), p.numel())) for p in model.parameters()]
+    return sum(n for trainable, n in counts if trainable), sum(n for _, n in counts)
+
+
+@contextmanager
+def _fourbit_layers() -> Iterator[None]:
+    """Within this block PEFT builds `LoraLinear` for every linear layer.
+
+    PEFT keeps its table of custom layers on a config object and does not save it, so an adapter
+    loaded by PEFT alone would get a layer whose merge adds to packed bytes. Wrapping its last
+    dispatcher needs no table.
+    """
+    original = peft_lora.dispatch_default
+
+    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> nn.Module | None:
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if isinstance(base, Linear4bit) or type(base) is nn.Linear:
+            return LoraLinear(base, adapter_name, config=config, **options)
+        layer: nn.Module | None = original(target, adapter_name, config=config, **options)
+        return layer
+
+    peft_lora.dispatch_default = dispatch
+    try:
+        yield
+    finally:
+        peft_lora.dispatch_default = original
+
+
+def _wire(model: PeftModel) -> PeftModel:
+    """Give all adapter layers one source of dropout keys, and each its own key from its name."""
+    source = KeySource()
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLinear):
+            module.layer_key = zlib.crc32(name.encode())
+            module.key_source = source
+    return model
+
+
+def _layers(model: nn.Module) -> Iterator[LoraLinear]:
+    return (module for module in model.modules() if isinstance(module, LoraLinear))
+
+
+def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[str]:
+    if wanted == "all-linear":
+        return "all-linear"
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    if wanted == "attention":
+        found = [
+            ending for ending in _ATTENTION if any(n.endswith(f".{ending}") and "attn" in n or n.endswith(f"attention.{ending}") for n in names)
+        ]
+        if not found:
+            raise ConfigError(f"lora.target_modules = 'attention': found no attention layers among {', '.join(endings)}")
+        return found
+    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+    selected: list[str] = []
+    for pattern in patterns:
+        if any(name == pattern or name.endswith(f".{pattern}") for name in names):
+            selected.append(pattern)
+            continue
+        matched = _match(pattern, names)
+        if not matched:
+            raise ConfigError(
+                f"lora.target_modules: '{pattern}' matches no layer{nearest(pattern, endings)}; linear layers end in {', '.join(endings)}"
+            )
+        selected += matched
+    return sorted(set(selected))
+
+
+def _match(pattern: str, names: list[str]) -> list[str]:
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ConfigError(f"lora.target_modules: '{pattern}' is not a valid pattern ({error})") from None

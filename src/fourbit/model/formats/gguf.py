@@ -1,0 +1,82 @@
+"""GGUF files: weights, config, tokenizer and chat template out of one file, tensor by tensor.
+
+transformers reads GGUF too, but builds the whole dense model first; here each tensor is dequantized
+when the loader asks for it. Names come from gguf's own map, and what llama.cpp changed on the way in
+(rotary permutation of q and k, +1 on Gemma's norms, GPT-2's transposes) is undone by transformers'
+tensor processors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fourbit.errors import ModelError
+from fourbit.model.formats.lazy import LazyTensor
+
+
+def read_config(file: Path) -> PretrainedConfig:
+    """The model's configuration from the file's metadata."""
+    return _guard(file, lambda: AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name))
+
+
+def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer and its chat template from the file's metadata."""
+    return _guard(file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name))
+
+
+def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
+    """Every tensor by its Hugging Face name, undequantized.
+
+    skeleton: the model on the meta device; its parameter names decide the mapping.
+    Raises ModelError for a damaged file, an unknown architecture, or a tensor without a place.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    reader = _guard(file, lambda: GGUFReader(str(file)))
+    field = reader.get_field("general.architecture")
+    architecture = str(field.contents()) if field is not None else "unknown"
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=skeleton.config.to_dict())
+    names = _guard(file, lambda: get_gguf_hf_weights_map(skeleton, processor))
+
+    tensors: dict[str, LazyTensor] = {}
+    for entry in reader.tensors:
+        if entry.name == "rope_freqs.weight":  # llama.cpp's copy of what the config already says
+            continue
+        if entry.name not in names:
+            raise ModelError(f"{file}: tensor '{entry.name}' has no place in a {architecture} model")
+        tensors[names[entry.name]] = LazyTensor(_reader(file, entry, processor), torch.float32)
+    return tensors
+
+
+def _reader(file: Path, entry: Any, processor: Any) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        from gguf import dequantize
+
+        values = _guard(file, lambda: dequantize(entry.data, entry.tensor_type), entry.name)
+        result = processor.process(weights=values, name=entry.name)
+        return torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))
+
+    return read
+
+
+def _guard(file: Path, action: Callable[[], Any], tensor: str | None = None) -> Any:
+    try:
+        return action()
+    except ModelError:
+        raise
+    except Exception as error:  # gguf and its reader raise every class there is on a damaged file
+        where = f"{file}: tensor '{tensor}'" if tensor else str(file)
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(f"{where}: cannot be read as GGUF ({reason}); is the file complete?") from error

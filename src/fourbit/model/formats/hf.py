@@ -1,0 +1,76 @@
+"""Hugging Face folders: safetensors files, one or sharded, opened but not read.
+
+Pickled weights (`pytorch_model.bin`) are never loaded: unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fourbit.errors import ModelError
+from fourbit.model.formats.lazy import LazyTensor
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def open_folder(folder: Path) -> dict[str, LazyTensor]:
+    """Every tensor of a checkpoint folder by name, unread.
+
+    Raises ModelError naming the file that is missing, truncated, or pickled.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for file in _weight_files(folder):
+        tensors.update(_open_file(file))
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ModelError(f"{index}: not a valid index of weight files; download it again") from None
+        files = [folder / name for name in names]
+        for file in files:
+            if file.parent.resolve() != folder.resolve():
+                raise ModelError(f"{index}: names a file outside the model folder ({file.name})")
+        return files
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if any(folder.glob("*.bin")):
+        raise ModelError(
+            f"{folder}: holds pickled weights (.bin), which can run code and are never loaded; convert them to safetensors first"
+        )
+    raise ModelError(f"{folder}: no model.safetensors here; give a folder with safetensors weights, or a .gguf file")
+
+
+def _open_file(file: Path) -> dict[str, LazyTensor]:
+    try:
+        handle = safe_open(str(file), framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"{file}: missing, though the index names it; download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: truncated or damaged ({error}); download it again") from None
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: handle.get_tensor(name)
+
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+        stored = handle.get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise ModelError(f"{file}: tensor '{name}' has dtype {stored}, which cannot be read")
+        tensors[name] = LazyTensor(reader(name), _DTYPES[stored])
+    return tensors

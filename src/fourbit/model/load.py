@@ -1,0 +1,253 @@
+"""`fourbit.load`: a Hugging Face folder or name, a bitsandbytes 4-bit checkpoint, or a GGUF file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from fourbit.errors import FourBitError, ModelError
+from fourbit.model import tokenizer as tokenizers
+from fourbit.model.compute import choose_compute_dtype, choose_device
+from fourbit.model.formats import bnb, gguf, hf
+from fourbit.model.formats.lazy import LazyTensor, OriginalTensor
+from fourbit.model.quantizer import FourBitConfig, FourBitQuantizer, linear_names
+from fourbit.nn.linear import Linear4bit
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did, kept on the model as `fourbit_report`."""
+
+    source: str
+    quant_type: str
+    converted: int
+    left: tuple[str, ...]  # linear layers that stayed as they were
+    rest_dtype: torch.dtype
+    weight_bytes: int
+    bits_per_weight: float
+    compute_reason: str
+    parameters: int
+
+    def line(self) -> str:
+        rest = str(self.rest_dtype).removeprefix("torch.")
+        left = f"left {_few(self.left)}, embeddings and norms in {rest}" if self.left else f"embeddings and norms in {rest}"
+        size = f"{self.parameters / 1e6:,.0f} M parameters in {self.weight_bytes / 1e6:,.0f} MB"
+        if not self.converted:
+            return f"{self.source}: {size}, nothing quantized ({rest})"
+        return (
+            f"{self.source}: {self.converted} linear layers in {self.quant_type} "
+            f"({self.bits_per_weight:.3f} bits per weight), {left}; {size}"
+        )
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model with its linear layers in 4 bits, and its tokenizer.
+
+    path           a folder with safetensors, a hub name, a bitsandbytes 4-bit checkpoint, or a .gguf file
+    quant_type     "nf4", "fp4", "int4", or "none" for the 16-bit model; a 4-bit checkpoint keeps its own
+    compute_dtype  "auto", "bfloat16", "float32", "float16": dtype of products and of what stays unquantized
+
+    Weights are read one at a time: the peak is what stays plus one tensor in its stored precision.
+    The model is in evaluation mode, frozen, and carries a LoadReport as `fourbit_report`.
+    Raises ModelError or ConfigError in one line.
+    """
+    target = choose_device(device)
+    compute = choose_compute_dtype(compute_dtype, target)
+    source = _locate(os.fspath(path), revision)
+    is_gguf = source.is_file()
+    config = _guard(source, partial(_read_config, source, is_gguf, trust_remote_code))
+    tokenizer = gguf.read_tokenizer(source) if is_gguf else tokenizers.read_tokenizer(source, trust_remote_code)
+    tokenizers.ensure_pad_token(tokenizer)
+
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not bnb.is_bnb_4bit(stored):
+        raise ModelError(f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); give the 16-bit model")
+    tensors, settings = _open(source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code)
+    if settings is not None:
+        settings.compute_dtype = compute.dtype
+    model = _build(source, config, tensors, settings, compute.dtype, target, trust_remote_code)
+    tokenizers.fit_embeddings(model, tokenizer)
+    model.requires_grad_(False)
+    model.fourbit_report = _report(os.fspath(path), model, settings, compute.reason)
+    return model, tokenizer
+
+
+def _locate(path: str, revision: str | None) -> Path:
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            files = sorted(local.glob("*.gguf"))
+            hint = f"give the file itself: {files[0]}" if files else "a model folder has one"
+            raise ModelError(f"{path}: no config.json here; {hint}")
+        return local
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise ModelError(f"{path}: give a model folder, a hub name, or a .gguf file")
+        return local
+    if local.suffix == ".gguf" or local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise ModelError(f"{path}: no such model folder or .gguf file")
+    return _download(path, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        )
+    except GatedRepoError:
+        raise ModelError(f"{name}: gated; accept its licence on the hub, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{name}: no such folder, and no such model on the hub (private ones need `hf auth login`)") from None
+    except (LocalEntryNotFoundError, OSError):
+        raise ModelError(f"{name}: no such folder, and the hub cannot be reached; download it first, or check the name") from None
+    return Path(folder)
+
+
+def _read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> PretrainedConfig:
+    if is_gguf:
+        return gguf.read_config(source)
+    return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+
+
+def _open(
+    source: Path,
+    config: PretrainedConfig,
+    is_gguf: bool,
+    quant_type: str,
+    double_quant: bool,
+    block_size: int,
+    trust_remote_code: bool,
+) -> tuple[dict[str, Any], FourBitConfig | None]:
+    """The unread tensors, and how to hold them (None: as they are)."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        tensors, scheme = bnb.convert_names(hf.open_folder(source), str(source))
+        del config.quantization_config
+        skeleton = _skeleton(config, trust_remote_code)
+        left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
+        settings = FourBitConfig(scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left)
+        config.quantization_config = settings.to_dict()
+        return tensors, settings
+    skeleton = _skeleton(config, trust_remote_code)
+    tensors = gguf.open_file(source, skeleton) if is_gguf else hf.open_folder(source)
+    if quant_type == "none":
+        return tensors, None
+    settings = FourBitConfig(quant_type, block_size, double_quant)
+    return _keep_precision(tensors, skeleton), settings
+
+
+def _skeleton(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def _keep_precision(tensors: dict[str, LazyTensor], skeleton: PreTrainedModel) -> dict[str, Any]:
+    skipped = FourBitQuantizer.get_modules_to_not_convert(skeleton, None, skeleton._keep_in_fp32_modules)
+    names = {f"{name}.weight" for name in linear_names(skeleton, skipped)}
+    prefix = f"{skeleton.base_model_prefix}."
+    return {
+        key: OriginalTensor(tensor) if key in names or prefix + key in names else tensor for key, tensor in tensors.items()
+    }
+
+
+def _build(
+    source: Path,
+    config: PretrainedConfig,
+    tensors: dict[str, Any],
+    settings: FourBitConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    model_class = type(_skeleton(config, trust_remote_code))
+    arguments: dict[str, Any] = {"config": config, "state_dict": tensors, "dtype": dtype, "output_loading_info": True}
+    if settings is not None:
+        arguments["quantization_config"] = settings
+    if device.type != "cpu":
+        arguments["device_map"] = {"": device}
+    with _quiet_transformers():
+        model, info = _guard(source, lambda: model_class.from_pretrained(None, **arguments))
+    if info["missing_keys"]:
+        raise ModelError(f"{source}: lacks {_few(sorted(info['missing_keys']))}; the checkpoint is incomplete")
+    if info["mismatched_keys"]:
+        name, *shapes = next(iter(info["mismatched_keys"]))
+        raise ModelError(f"{source}: '{name}' has shape {shapes[0]}, the config says {shapes[1]}")
+    model.config.name_or_path = str(source)
+    if (source / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(source))
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its report of missing keys is a table, ours is an error; its progress bar is for terminals."""
+    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    if bar and not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _guard(source: Path, action: Any) -> Any:
+    try:
+        return action()
+    except FourBitError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ModelError(f"{source}: cannot be loaded ({reason})") from error
+
+
+def _report(path: str, model: PreTrainedModel, settings: FourBitConfig | None, reason: str) -> LoadReport:
+    packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    packed_bytes = sum(p.nbytes for module in packed for name, p in module.named_parameters() if name != "bias")
+    weights = sum(module.in_features * module.out_features for module in packed)
+    packed_ids = {id(p) for module in packed for name, p in module.named_parameters() if name != "bias"}
+    rest = [p for p in model.parameters() if id(p) not in packed_ids]
+    left = tuple(name for name, module in model.named_modules() if type(module) is nn.Linear)
+    return LoadReport(
+        source=path,
+        quant_type=settings.quant_type if settings else "none",
+        converted=len(packed),
+        left=left,
+        rest_dtype=rest[0].dtype,
+        weight_bytes=packed_bytes + sum(p.nbytes for p in rest),
+        bits_per_weight=8 * packed_bytes / max(1, weights),
+        compute_reason=reason,
+        parameters=weights + sum(p.numel() for p in rest),
+    )
+
+
+def _few(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

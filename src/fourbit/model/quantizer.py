@@ -1,0 +1,145 @@
+"""fourbit as a transformers quantization method: Linear4bit layers, filled while weights stream in.
+
+`FourBitConfig` says how; `FourBitQuantizer` swaps `nn.Linear` for `Linear4bit` on the meta device and
+quantizes each weight the moment transformers has read it, so that a load holds at most one weight in
+its original precision. Importing this module registers both under quant_method "fourbit".
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fourbit import functional
+from fourbit.model.formats.lazy import OriginalTensor
+from fourbit.nn.linear import Linear4bit
+
+
+@register_quantization_config("fourbit")
+class FourBitConfig(QuantizationConfigMixin):
+    """How a base is quantized.
+
+    quant_type              "nf4", "fp4" or "int4"
+    block_size              weights per scale
+    double_quant            8-bit scales (QLoRA section 3)
+    compute_dtype           dtype of matrix products; None takes the model's dtype
+    modules_to_not_convert  names of linear layers to leave as they are, beside the head and tied weights
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | str | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = "fourbit"
+        self.quant_type = quant_type
+        self.block_size = block_size
+        self.double_quant = double_quant
+        self.compute_dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+        self.modules_to_not_convert = modules_to_not_convert
+
+    def to_dict(self) -> dict[str, Any]:
+        tree = dict(self.__dict__)
+        if isinstance(self.compute_dtype, torch.dtype):
+            tree["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        return tree
+
+
+@register_quantizer("fourbit")
+class FourBitQuantizer(HfQuantizer):
+    """Builds and fills Linear4bit layers inside transformers' `from_pretrained`."""
+
+    quantization_config: FourBitConfig
+    requires_calibration = False
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", "weight_absmax", "weight_consts"]}
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 0.52
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        skipped = self.get_modules_to_not_convert(
+            model,
+            config.modules_to_not_convert,
+            model._keep_in_fp32_modules,
+            # A saved checkpoint lists all it left out; what is quantized now also leaves out head and ties.
+            add_default_skips=not self.pre_quantized,
+        )
+        for name in linear_names(model, skipped):
+            linear = model.get_submodule(name)
+            replacement = Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                quant_type=config.quant_type,
+                block_size=config.block_size,
+                double_quant=config.double_quant,
+                compute_dtype=config.compute_dtype or model.dtype,
+                device="meta",
+                dtype=model.dtype,
+            )
+            if linear.bias is not None:
+                replacement.bias = linear.bias
+            model.set_submodule(name, replacement)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, leaf = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and leaf == "weight"
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def linear_names(model: nn.Module, skipped: list[str]) -> list[str]:
+    """The plain `nn.Linear` layers of a model, less the skipped ones."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and should_convert_module(name, skipped)
+    ]
+
+
+class _Quantize(ConversionOps):
+    """One weight in, its packed parameters out."""
+
+    def __init__(self, quantizer: FourBitQuantizer) -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any) -> dict[str, nn.Parameter]:
+        (name, value), *_ = input_dict.items()
+        weight = value[0] if isinstance(value, list) else value
+        if isinstance(weight, OriginalTensor):
+            weight = weight.read()
+        module, _ = get_module_from_name(model, name)
+        config = self.quantizer.quantization_config
+        q = functional.quantize_4bit(
+            weight,
+            quant_type=config.quant_type,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            name=name,
+        )
+        module._is_hf_initialized = True
+        packed = Linear4bit.from_quantized(q).named_parameters()
+        return {f"{name.removesuffix('weight')}{leaf}": parameter for leaf, parameter in packed}

@@ -1,0 +1,166 @@
+"""LoRA on packed and on plain linear layers: PEFT's layer, with one fused autograd function.
+
+    y = x W^T + bias + s * dropout(x) A^T B^T        (Hu et al., arXiv:2106.09685; QLoRA eq. 5)
+
+PEFT owns configuration, names, initialisation, variants and saving; `LoraLinear` is PEFT's
+`lora.Linear` with another forward. The plain case (one active adapter, no variant) runs as one
+autograd function that saves only x and the rank-r product: W is read again from its 4-bit bytes in
+backward, and the dropout mask is made again from its keys. Every other case runs PEFT's own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fourbit import functional as F4
+from fourbit.errors import ModelError
+from fourbit.nn.dropout import KeySource, TokenKeys
+from fourbit.nn.linear import Linear4bit
+
+
+class LoraLinear(PeftLinear):  # type: ignore[misc]
+    """An adapter around a `Linear4bit` or a plain `nn.Linear`.
+
+    layer_key   uint32 that names the layer in dropout masks
+    key_source  what tells which tokens a forward sees; None, or nothing set: PEFT's own dropout
+    """
+
+    layer_key: int = 0
+    key_source: KeySource | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._fused_adapter(x, args, kwargs)
+        if adapter is None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        p = self.lora_dropout[adapter].p if self.training and hasattr(self.lora_dropout[adapter], "p") else 0.0
+        keys = self.key_source.current if p > 0 and self.key_source is not None else None
+        fused: Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
+            x,
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            self.get_base_layer(),
+            float(self.scaling[adapter]),
+            p,
+            keys,
+            self.layer_key,
+        )
+        return fused
+
+    def _fused_adapter(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The one plain adapter that is active, or None where PEFT's own forward must run."""
+        if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        adapter: str = self.active_adapters[0]
+        if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
+            return None
+        base = self.get_base_layer()
+        if not (isinstance(base, Linear4bit) or type(base) is nn.Linear) or torch.is_autocast_enabled(x.device.type):
+            return None
+        if base.bias is not None and base.bias.requires_grad:
+            return None
+        if type(base) is nn.Linear and base.weight.requires_grad:
+            return None
+        dropout = self.lora_dropout[adapter]
+        if self.training and not isinstance(dropout, nn.Identity):
+            keys = self.key_source.current if self.key_source is not None else None
+            if type(dropout) is not nn.Dropout or keys is None or keys.rows.numel() * x.shape[-1] != x.numel():
+                return None
+        return adapter
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused on packed weights: adding to 4-bit codes would corrupt them."""
+        if isinstance(self.get_base_layer(), Linear4bit):
+            raise ModelError(
+                "an adapter cannot be merged into 4-bit weights in place; use merge_and_unload(), which gives 16-bit layers"
+            )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, or with `merge` a 16-bit `nn.Linear` of dequantized weight plus adapters."""
+        base = self.get_base_layer()
+        if not isinstance(base, Linear4bit):
+            if merge:
+                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return base
+        if not merge:
+            return base
+        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        plain.weight = nn.Parameter(base.dequantize(torch.float32), requires_grad=False)
+        plain.bias = base.bias
+        self.base_layer = plain
+        PeftLinear.merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
+        plain.weight.data = plain.weight.data.to(base.compute_dtype)
+        return plain
+
+
+class _FusedLora(torch.autograd.Function):
+    """x [..., K], A fp32 [r, K], B fp32 [N, r], frozen base layer -> y [..., N] in x's dtype."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        base: nn.Module,
+        scaling: float,
+        p: float,
+        keys: TokenKeys | None,
+        layer_key: int,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # [T, K]
+        y = _base_product(flat, base)  # [T, N]
+        low = _dropped(flat, p, keys, layer_key) @ lora_a.to(x.dtype).t()  # [T, r]
+        y.addmm_(low, lora_b.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(flat, low, lora_a, lora_b)
+        ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, (p, keys, layer_key), x.shape
+        return y.reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flat, low, lora_a, lora_b = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])  # [T, N]
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        grad_low = (grad @ b).mul_(ctx.scaling)  # [T, r]
+        grad_b = (grad.t() @ low).to(lora_b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
+        grad_a = None
+        if ctx.needs_input_grad[1]:
+            grad_a = (grad_low.t() @ _dropped(flat, *ctx.dropout)).to(lora_a.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _base_gradient(grad, ctx.base)
+            if ctx.dropout[1] is None:
+                grad_x.addmm_(grad_low, a)
+            else:
+                grad_x += _dropped(grad_low @ a, *ctx.dropout)
+            grad_x = grad_x.reshape(ctx.shape)
+        return grad_x, grad_a, grad_b, None, None, None, None, None
+
+
+def _dropped(x: Tensor, p: float, keys: TokenKeys | None, layer_key: int) -> Tensor:
+    """x [T, K] times its mask; the mask is symmetric, so gradients pass through the same call."""
+    if keys is None or p == 0.0:
+        return x
+    return F4.keyed_dropout(x, p, keys.rows, keys.positions, layer=layer_key, seed=keys.seed, step=keys.step)
+
+
+def _base_product(x: Tensor, base: nn.Module) -> Tensor:
+    if isinstance(base, Linear4bit):
+        y: Tensor = base(x)
+        return y
+    return F.linear(x, base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+
+
+def _base_gradient(grad: Tensor, base: nn.Module) -> Tensor:
+    """grad [T, N] @ W [N, K]."""
+    if isinstance(base, Linear4bit):
+        return F4.linear_4bit_grad(grad, base.quantized())
+    return grad @ base.weight.to(grad.dtype)

@@ -1,0 +1,233 @@
+"""The training loop.
+
+One optimizer step over an effective batch of rows: micro-batches forward and backward, each weighted
+by the labelled tokens of the whole effective batch; clip; AdamW (QLoRA section 4, appendix B). Every
+choice is keyed by seed, epoch and step, so that a resumed loop goes on as the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+
+from fourbit.config import TrainSettings
+from fourbit.data.batch import collate, effective_batches, micro_batches
+from fourbit.data.render import Example
+from fourbit.evaluate.heldout import heldout_loss
+from fourbit.memory.measure import peak_bytes
+from fourbit.model.adapters import key_source
+from fourbit.nn.loss import causal_lm_loss
+from fourbit.nn.lora import LoraLinear
+from fourbit.training import checkpoint
+from fourbit.training.guard import Guard
+from fourbit.training.metrics import MetricsWriter
+from fourbit.training.progress import ProgressLine, StepView
+from fourbit.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything the loop needs, prepared.
+
+    learning_rate   the peak of the schedule
+    autocast_dtype  compute dtype where trained weights are fp32 inside 16-bit layers, else None
+    """
+
+    model: nn.Module
+    train: Sequence[Example]
+    heldout: Sequence[Example]
+    pad_id: int
+    settings: TrainSettings
+    learning_rate: float
+    autocast_dtype: torch.dtype | None
+    folder: Path
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a loop ended: `stopped` is "done", "early" (plateau) or "interrupted"."""
+
+    progress: checkpoint.Progress
+    stopped: str
+    seconds: float
+    tokens_per_second: float
+
+
+def steps_in_run(examples: int, settings: TrainSettings) -> int:
+    """Optimizer steps of a whole run."""
+    per_epoch = math.ceil(examples / settings.effective_batch)
+    total = max(1, math.ceil(settings.epochs * per_epoch))
+    return min(total, settings.max_steps) if settings.max_steps else total
+
+
+def run_loop(work: Work, metrics: MetricsWriter, line: ProgressLine, resume_from: Path | None = None) -> Outcome:
+    """Train to the end, a plateau, or an interrupt; leaves checkpoints and the best adapter in the folder."""
+    settings, model = work.settings, work.model
+    total = steps_in_run(len(work.train), settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, work.learning_rate, (settings.beta1, settings.beta2), weight_decay=settings.weight_decay, fused=True
+    )
+    progress = checkpoint.restore(resume_from, model, optimizer) if resume_from else checkpoint.Progress()
+    first_step, first_tokens = progress.step, progress.tokens
+    guard, stopped = Guard(), "done"
+    _train_mode(model)
+    began = time.monotonic()
+    with _interrupt_flag() as interrupted:
+        for step, rows in _steps(work, first_step, total):
+            rate = learning_rate(step, total, work.learning_rate, settings.warmup_ratio, settings.schedule)
+            step_began = time.monotonic()
+            loss, grad_norm, tokens, warning = _optimizer_step(work, optimizer, parameters, guard, step, rows, rate)
+            progress.step, progress.tokens = step + 1, progress.tokens + tokens
+            if warning is not None:
+                line.note(warning)
+            elapsed = time.monotonic() - began
+            view = StepView(
+                progress.step,
+                total,
+                loss,
+                rate,
+                grad_norm,
+                tokens_per_second=(progress.tokens - first_tokens) / elapsed,
+                seconds_left=elapsed / (progress.step - first_step) * (total - progress.step),
+                peak_bytes=peak_bytes(work.device),
+            )
+            line.show(view)
+            metrics.write(
+                progress.step,
+                {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens": progress.tokens},
+                {
+                    "seconds": time.monotonic() - step_began,
+                    "tokens_per_second": view.tokens_per_second,
+                    "peak_bytes": view.peak_bytes,
+                },
+            )
+            if interrupted():
+                checkpoint.save(work.folder, model, optimizer, progress)
+                stopped = "interrupted"
+                break
+            if progress.step % settings.eval_every == 0 or progress.step == total:
+                _evaluate(work, progress, metrics, line)
+                checkpoint.save(work.folder, model, optimizer, progress)
+                patience = settings.early_stop_patience
+                if patience is not None and progress.evaluations_since_best >= patience and progress.step < total:
+                    stopped = "early"
+                    break
+    seconds = time.monotonic() - began
+    return Outcome(progress, stopped, seconds, (progress.tokens - first_tokens) / seconds)
+
+
+def _steps(work: Work, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
+    """(step, training rows of its effective batch) from `first` on; the order depends on seed and epoch only."""
+    settings = work.settings
+    per_epoch = math.ceil(len(work.train) / settings.effective_batch)
+    for epoch in range(first // per_epoch, math.ceil(total / per_epoch)):
+        batches = effective_batches(
+            work.train, settings.effective_batch, settings.seed, epoch, settings.group_by_length
+        )
+        for index, rows in enumerate(batches):
+            step = epoch * per_epoch + index
+            if first <= step < total:
+                yield step, rows
+
+
+def _optimizer_step(
+    work: Work,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    guard: Guard,
+    step: int,
+    rows: list[int],
+    rate: float,
+) -> tuple[float, float, int, str | None]:
+    """(mean loss per labelled token, gradient norm before clipping, tokens seen, warning or None)."""
+    # Position 0 predicts nothing before it, so a label there carries no loss.
+    labelled = max(1, sum(sum(work.train[row].trained[1:]) for row in rows))
+    keys = key_source(work.model)
+    loss = 0.0
+    for micro in micro_batches(rows, work.train, work.settings.micro_batch):
+        batch = collate([work.train[row] for row in micro], work.pad_id).to(work.device)
+        if keys is not None:
+            keys.set(work.settings.seed, step, batch.rows, batch.position_ids)
+        with _autocast(work):
+            loss_sum, _ = causal_lm_loss(work.model, batch)
+        (loss_sum / labelled).backward()
+        loss += loss_sum.item() / labelled
+    if keys is not None:
+        keys.clear()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, work.settings.max_grad_norm).item()
+    apply, warning = guard.check(step, loss, grad_norm, [work.train[row].source for row in rows])
+    if apply:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, sum(len(work.train[row].input_ids) for row in rows), warning
+
+
+def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter, line: ProgressLine) -> None:
+    """Held-out loss; keeps the adapter when it is the best so far. Without held-out rows the last is kept."""
+    if not work.heldout:
+        checkpoint.save_best(work.folder, work.model)
+        progress.best_step = progress.step
+        return
+    began = time.monotonic()
+    work.model.eval()
+    with _autocast(work):
+        result = heldout_loss(work.model, work.heldout, work.pad_id)
+    _train_mode(work.model)
+    better = progress.best_loss is None or result.loss < progress.best_loss
+    if better:
+        progress.best_loss, progress.best_step, progress.evaluations_since_best = result.loss, progress.step, 0
+        checkpoint.save_best(work.folder, work.model)
+    else:
+        progress.evaluations_since_best += 1
+    metrics.write(progress.step, {"heldout_loss": result.loss}, {"heldout_seconds": time.monotonic() - began})
+    line.note(f"step {progress.step}: held-out loss {result.loss:.4f}{' (best so far)' if better else ''}")
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Training mode, with dropout in adapters only: the frozen base's own dropout is not keyed."""
+    model.train()
+    adapter_dropouts = {id(d) for m in model.modules() if isinstance(m, LoraLinear) for d in m.lora_dropout.values()}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and id(module) not in adapter_dropouts:
+            module.eval()
+
+
+def _autocast(work: Work) -> AbstractContextManager[object]:
+    if work.autocast_dtype is None:
+        return nullcontext()
+    return torch.autocast(work.device.type, work.autocast_dtype)
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C sets a flag that the loop reads after its step; a second one interrupts at once."""
+    raised = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if raised:
+            raise KeyboardInterrupt
+        raised = True
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: signals are not ours to catch
+        yield lambda: False
+        return
+    try:
+        yield lambda: raised
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: one live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+_PLAIN_EVERY_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class StepView:
+    """The figures of one optimizer step; tokens_per_second and seconds_left are averages over the run."""
+
+    step: int
+    total: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    seconds_left: float
+    peak_bytes: int
+
+    def text(self) -> str:
+        minutes, seconds = divmod(round(self.seconds_left), 60)
+        return (
+            f"loss {self.loss:.3f}  lr {self.learning_rate:.1e}  grad {self.grad_norm:.2f}  "
+            f"{self.tokens_per_second:,.0f} tok/s  {minutes}:{seconds:02d} left  peak {self.peak_bytes / 1e9:.2f} GB"
+        )
+
+
+class ProgressLine:
+    """A context that shows steps as they finish."""
+
+    def __init__(self, console: Console, total: int, done: int = 0) -> None:
+        self._console = console
+        self._total = total
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._printed = time.monotonic()
+        if console.is_terminal:
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=20), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> ProgressLine:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, view: StepView) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=view.step, description=view.text())
+        elif time.monotonic() - self._printed >= _PLAIN_EVERY_SECONDS or view.step in (1, self._total):
+            self._printed = time.monotonic()
+            self._console.print(f"step {view.step}/{view.total}  {view.text()}", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,292 @@
+"""A run: from settings to a folder with metrics, checkpoints, and the adapter a user keeps.
+
+    config.yaml      the resolved settings        summary.json   what came out, in one place
+    metrics.jsonl    what the settings determine  timing.jsonl   what the clock says
+    checkpoints/     for resuming                 adapter/       the best, in PEFT's format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fourbit.config import DataSettings, RunConfig, TrainSettings, dump_config, learning_rate_for, load_config, resolve
+from fourbit.data.encode import Encoded, encode, sample, split
+from fourbit.data.read import read_rows
+from fourbit.errors import ConfigError, DataError, nearest
+from fourbit.memory.measure import peak_bytes
+from fourbit.model.adapters import add_lora, parameter_counts
+from fourbit.model.compute import choose_compute_dtype, choose_device
+from fourbit.model.load import load
+from fourbit.training import checkpoint
+from fourbit.training.loop import Outcome, Work, run_loop, steps_in_run
+from fourbit.training.metrics import MetricsWriter, truncate_after
+from fourbit.training.progress import ProgressLine
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    metrics  final figures, the same as in summary.json
+    adapter  folder of the best adapter, in PEFT's format
+    folder   the run folder
+    stopped  "done", "early" (no better held-out loss for a while) or "interrupted"
+    """
+
+    metrics: dict[str, Any]
+    adapter: Path
+    folder: Path
+    stopped: str
+
+
+def train(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | os.PathLike[str] | Sequence[str],
+    *,
+    output: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> RunResult:
+    """Train what is trainable in a loaded model on a data file, into a run folder.
+
+    model     from `fourbit.load` and `fourbit.add_lora` (or any transformers causal LM with trainable weights)
+    data      a file or several; form and columns as in `fourbit.config.DataSettings`
+    settings  any keys of TrainSettings and DataSettings: epochs=3, learning_rate=1e-4, max_length=512, ...
+
+    Raises ConfigError, DataError or TrainingError in one line.
+    """
+    tree: dict[str, Any] = {"model": {"path": _name_of(model)}, "data": {}, "train": {}, "output": os.fspath(output)}
+    tree["data"]["train"] = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
+    for key, value in settings.items():
+        section = next((name for name, kind in _SECTIONS.items() if key in kind.model_fields), None)
+        if section is None:
+            known = [field for kind in _SECTIONS.values() for field in kind.model_fields]
+            raise ConfigError(f"fourbit.train: unknown setting '{key}'{nearest(key, known)}")
+        tree[section][key] = value
+    return _fit(model, tokenizer, resolve(tree, "fourbit.train"), console or Console(), resume, overwrite)
+
+
+def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Load the base, attach the adapter and train, all as the settings say."""
+    _check_folder(Path(config.output), resume, overwrite)
+    model, tokenizer = prepare_model(config, console)
+    return _fit(model, tokenizer, config, console, resume, overwrite)
+
+
+def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Load and check model and data, show the resolved settings, train and write nothing."""
+    console.print(dump_config(config), highlight=False, soft_wrap=True)
+    model, tokenizer = prepare_model(config, console)
+    encoded, examples, heldout = prepare_data(config, tokenizer, console)
+    trainable, total = parameter_counts(model)
+    steps = steps_in_run(len(examples), config.train)
+    console.print(f"would train {len(examples):,} rows in {steps:,} steps; nothing was written", highlight=False)
+    return {
+        "config": config.model_dump(mode="json"),
+        "rows": encoded.rows,
+        "dropped": encoded.dropped,
+        "train_rows": len(examples),
+        "heldout_rows": len(heldout),
+        "tokens": encoded.tokens,
+        "trained_tokens": encoded.trained_tokens,
+        "steps": steps,
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+
+
+def prepare_model(config: RunConfig, console: Console) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The base as configured, with a fresh adapter, or all of it trainable under `lora: none`."""
+    settings = config.model
+    full = config.lora is None
+    base, tokenizer = load(
+        settings.path,
+        quant_type=settings.quant_type,
+        double_quant=settings.double_quant,
+        block_size=settings.block_size,
+        # Full fine-tuning keeps fp32 master weights and computes under autocast.
+        compute_dtype="float32" if full else settings.compute_dtype,
+        device=settings.device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    report = base.fourbit_report
+    console.print(report.line(), highlight=False, soft_wrap=True)
+    console.print(f"compute dtype {_short(report.rest_dtype)}: {report.compute_reason}", highlight=False, soft_wrap=True)
+    model: PreTrainedModel | PeftModel = base
+    if config.lora is None:
+        base.requires_grad_(True)
+    else:
+        model = add_lora(base, **config.lora.model_dump(), seed=config.train.seed)
+    trainable, total = parameter_counts(model)
+    console.print(f"trainable: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)", highlight=False)
+    return model, tokenizer
+
+
+def prepare_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> tuple[Encoded, list[Any], list[Any]]:
+    """(what was read, training examples, held-out examples). Raises DataError when nothing is left to train on."""
+    encoded = encode(read_rows(config.data.train, config.data), tokenizer, config.data)
+    console.print(encoded.summary(), highlight=False, soft_wrap=True)
+    examples = list(encoded.examples)
+    if config.data.heldout:
+        heldout = list(encode(read_rows(config.data.heldout, config.data), tokenizer, config.data).examples)
+    else:
+        examples, heldout = split(examples, config.data.heldout_fraction, config.train.seed)
+    if config.data.max_rows is not None:
+        examples = sample(examples, config.data.max_rows, config.train.seed)
+    if not examples:
+        raise DataError(f"{', '.join(config.data.train)}: no row is left to train on; {encoded.summary()}")
+    return encoded, examples, heldout
+
+
+def _fit(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    console: Console,
+    resume: bool,
+    overwrite: bool,
+) -> RunResult:
+    folder = Path(config.output)
+    _check_folder(folder, resume, overwrite)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("nothing in this model is trainable; attach an adapter with fourbit.add_lora first")
+    _, examples, heldout = prepare_data(config, tokenizer, console)
+    resume_from = _prepare_folder(folder, config, resume, overwrite)
+    work = _work(model, tokenizer, config, examples, heldout)
+    total = steps_in_run(len(examples), config.train)
+    console.print(
+        f"{len(examples):,} rows to train on, {len(heldout):,} held out; {total:,} steps of "
+        f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
+        highlight=False,
+    )
+    if config.train.activation_checkpointing:
+        _checkpoint_activations(model)
+    metrics = MetricsWriter(folder, config.train.tensorboard)
+    done = checkpoint.Progress() if resume_from is None else checkpoint.read_progress(resume_from)
+    try:
+        with ProgressLine(console, total, done.step) as line:
+            outcome = run_loop(work, metrics, line, resume_from)
+    finally:
+        metrics.close()
+    summary = _summary(model, work, outcome)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
+
+
+def _work(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    examples: list[Any],
+    heldout: list[Any],
+) -> Work:
+    _, total = parameter_counts(model)
+    rate = config.train.learning_rate
+    device = next(model.parameters()).device
+    return Work(
+        model=model,
+        train=examples,
+        heldout=heldout,
+        pad_id=int(tokenizer.pad_token_id),
+        settings=config.train,
+        learning_rate=learning_rate_for(total) if rate == "auto" else rate,
+        autocast_dtype=_autocast_dtype(model, config, device),
+        folder=Path(config.output),
+        device=device,
+    )
+
+
+def _autocast_dtype(model: PreTrainedModel | PeftModel, config: RunConfig, device: torch.device) -> torch.dtype | None:
+    """The compute dtype where trained weights beside LoRA's are fp32, so that products still run in 16 bits."""
+    only_lora = all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    dtype = choose_compute_dtype(config.model.compute_dtype, choose_device(str(device))).dtype
+    return None if only_lora or dtype == torch.float32 else dtype
+
+
+def _checkpoint_activations(model: PreTrainedModel | PeftModel) -> None:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    if (folder / "metrics.jsonl").exists() and not resume and not overwrite:
+        raise ConfigError(f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, --output names another")
+    if resume and checkpoint.newest(folder) is None:
+        raise ConfigError(f"{folder}: no checkpoint to resume from")
+
+
+def _prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
+    """Make the folder ready; returns the checkpoint to resume from, or None for a fresh start."""
+    newest = checkpoint.newest(folder) if resume else None
+    if overwrite and folder.exists():
+        for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "timing.jsonl", "summary.json"):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if newest is not None:
+        stored = load_config(folder / "config.yaml")
+        changed = _differences(stored, config)
+        if changed:
+            raise ConfigError(f"{folder}: cannot resume, {changed[0]} differs from the run's; restore it, or start a new run")
+        truncate_after(folder, checkpoint.read_progress(newest).step)
+        return newest
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return None
+
+
+def _differences(stored: RunConfig, config: RunConfig) -> list[str]:
+    old, new = stored.model_dump(), config.model_dump()
+    changed = []
+    for section in ("model", "lora", "data", "train"):
+        if old[section] is None or new[section] is None:
+            changed += [section] if old[section] != new[section] else []
+            continue
+        changed += [f"{section}.{key}" for key in new[section] if old[section][key] != new[section][key]]
+    return [key for key in changed if key != "train.tensorboard"]
+
+
+def _summary(model: PreTrainedModel | PeftModel, work: Work, outcome: Outcome) -> dict[str, Any]:
+    trainable, total = parameter_counts(model)
+    progress = outcome.progress
+    return {
+        "stopped": outcome.stopped,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(outcome.seconds, 1),
+        "tokens_per_second": round(outcome.tokens_per_second, 1),
+        "best_step": progress.best_step,
+        "heldout_loss": progress.best_loss,
+        "peak_bytes": peak_bytes(work.device),
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+
+
+def _name_of(model: PreTrainedModel | PeftModel) -> str:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return str(getattr(base.config, "name_or_path", None) or "unnamed")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_SECTIONS: dict[str, type[TrainSettings] | type[DataSettings]] = {"train": TrainSettings, "data": DataSettings}
