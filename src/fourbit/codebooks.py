@@ -62,16 +62,27 @@ def _fp32(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-@lru_cache(maxsize=64)
+def check_quant_type(quant_type: str) -> None:
+    """Raise QuantizationError unless this is the name of a built-in codebook."""
+    if quant_type not in _VALUES:
+        known = ", ".join(QUANT_TYPES)
+        hint = nearest(quant_type, QUANT_TYPES)
+        raise QuantizationError(f"quant_type '{quant_type}' is unknown{hint}; use one of {known}")
+
+
+# A compiler that traced this would build the table anew at every run.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def codebook(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """The fp32 [16] values of a built-in codebook in code order. Shared: do not write to it.
 
     Raises QuantizationError for an unknown name.
     """
-    if quant_type not in _VALUES:
-        known = ", ".join(QUANT_TYPES)
-        hint = nearest(quant_type, QUANT_TYPES)
-        raise QuantizationError(f"quant_type '{quant_type}' is unknown{hint}; use one of {known}")
+    check_quant_type(quant_type)
+    return _codebook(quant_type, device)
+
+
+@lru_cache(maxsize=64)
+def _codebook(quant_type: str, device: torch.device | str) -> Tensor:
     with torch.inference_mode(False):
         values = _fp32(*_VALUES[quant_type])
         return (values / values.abs().max()).to(device)

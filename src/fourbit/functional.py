@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import fourbit.ops  # noqa: F401  defines torch.ops.fourbit
 from fourbit.codebooks import check_codebook
 from fourbit.codebooks import codebook as builtin_codebook
 from fourbit.errors import QuantizationError
+from fourbit.ops import find_nonfinite  # importing the package defines torch.ops.fourbit
 from fourbit.tensor import QuantizedTensor
 
 
@@ -67,9 +67,10 @@ def quantize_4bit(
 
 
 def _not_finite(w: Tensor, name: str | None) -> QuantizationError:
-    first = int((~w.isfinite()).reshape(-1).to(torch.uint8).argmax())
+    flat = w.reshape(-1)
+    first = find_nonfinite(flat)
     position = [int(i) for i in torch.unravel_index(torch.tensor(first), w.shape)] if w.ndim else []
-    value = w.reshape(-1)[first].item()
+    value = flat[first].item()
     return QuantizationError(
         f"{name or 'the tensor'} of shape {list(w.shape)} has {value} at {position}; "
         "a weight that is not finite cannot be quantized, repair the checkpoint"
@@ -108,7 +109,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
             f"input of shape {list(x.shape)} does not fit a weight [{q.shape[0]}, {q.shape[1]}]; "
             f"its last dimension must be {q.shape[1]}"
         )
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)

@@ -62,6 +62,15 @@ def _quantize_piece(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tenso
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
+def find_nonfinite(w: Tensor) -> int:
+    """Flat position of the first NaN or infinity of w, or -1."""
+    for number, piece in enumerate(w.reshape(-1).split(_PIECE)):
+        wrong = ~piece.isfinite()
+        if wrong.any():
+            return number * _PIECE + int(wrong.to(torch.uint8).argmax())
+    return -1
+
+
 def dequantize_4bit(
     codes: Tensor,
     absmax: Tensor,

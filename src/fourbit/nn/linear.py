@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fourbit.codebooks import check_block_size, check_codebook
+from fourbit.codebooks import check_block_size, check_codebook, check_quant_type
 from fourbit.codebooks import codebook as builtin_codebook
 from fourbit.errors import QuantizationError
 from fourbit.functional import dequantize_4bit, linear_4bit, quantize_4bit
@@ -55,7 +55,7 @@ class Linear4bit(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate and initialise a float weight
         check_block_size(block_size)
         if quant_type != "custom":
-            builtin_codebook(quant_type)  # refuses an unknown name here rather than at the first use
+            check_quant_type(quant_type)
         elif codebook is None:
             raise QuantizationError("quant_type 'custom' needs a codebook; pass codebook=fp32 [16]")
         self.in_features, self.out_features = in_features, out_features
@@ -175,5 +175,8 @@ def _frozen(data: Tensor) -> nn.Parameter:
 
 
 def _as_fp32(data: Tensor) -> Tensor:
-    # A reader may hand out a slice of a file that does not start on a multiple of four bytes.
-    return (data.clone() if data.storage_offset() % 4 else data).view(torch.float32)
+    # A reader may hand out a slice of a file that does not start on a multiple of four bytes. (A
+    # compiler cannot trace the question; there, torch refuses such a view.)
+    if not torch.compiler.is_compiling() and data.storage_offset() % 4:
+        data = data.clone()
+    return data.view(torch.float32)

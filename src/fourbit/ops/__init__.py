@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from fourbit.ops import codec, dropout, linear
+from fourbit.ops import dropout, linear
+from fourbit.ops.codec import find_nonfinite
+from fourbit.ops.workspace import workspace
 
-__all__ = ["codec", "dropout", "linear"]
+__all__ = ["dropout", "find_nonfinite", "linear", "workspace"]

@@ -76,6 +76,12 @@ define(
 )
 
 
+def find_nonfinite(w: Tensor) -> int:
+    """Flat position of the first NaN or infinity of w, or -1. Not an operator: it decides in Python."""
+    check_float(w.dtype, "the tensor to search")
+    return native.find_nonfinite(w.contiguous()) if runs_native(w) else reference.find_nonfinite(w)
+
+
 def restore_into(
     out: Tensor,
     codes: Tensor,

@@ -19,7 +19,7 @@ from fourbit.ops.library import LIBRARY, define, runs_native
 
 def _check(x: Tensor, p: float, rows: Tensor, positions: Tensor) -> None:
     check_float(x.dtype, "the input of dropout")
-    if not 0 <= p or reference.dropped_of_65536(p) >= 65536:
+    if not p >= 0 or reference.dropped_of_65536(p) >= 65536:
         raise QuantizationError(f"dropout rate {p} is outside 0 <= p < 1")
     for name, keys in (("rows", rows), ("positions", positions)):
         if keys.dtype != torch.int64 or x.ndim != 2 or keys.shape != x.shape[:1]:
@@ -34,7 +34,7 @@ def _dropout(
 ) -> Tensor:
     _check(x, p, rows, positions)
     if runs_native(x):
-        return native.dropout(x.contiguous(), p, rows.contiguous(), positions.contiguous(), layer, seed, step)
+        return native.dropout(x.contiguous(), rows, positions, layer, seed, step, p)
     return reference.keyed_dropout(x, p, rows, positions, layer, seed, step)
 
 
@@ -46,7 +46,8 @@ def _dropout_fake(
 
 
 define(
-    "keyed_dropout(Tensor x, float p, Tensor rows, Tensor positions, int layer, int seed, int step) -> Tensor",
+    "keyed_dropout(Tensor x, float p, Tensor rows, Tensor positions, int layer, int seed, int step) "
+    "-> Tensor",
     _dropout,
     _dropout_fake,
 )
