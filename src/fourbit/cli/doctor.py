@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from fourbit.cli.common import console, print_json
 from fourbit.diagnose import Finding, diagnose
 
 
@@ -29,9 +29,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the diagnosis; 0 if nothing is wrong, else 1."""
     finding = diagnose()
     if args.json:
-        print(json.dumps(_as_json(finding), indent=2))
+        print_json(_as_json(finding))
     else:
-        _print(finding, Console(soft_wrap=True, highlight=False))
+        _print(finding, console())
     return 1 if finding.problems else 0
 
 
@@ -42,13 +42,13 @@ def _as_json(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _print(finding: Finding, console: Console) -> None:
+def _print(finding: Finding, out: Console) -> None:
     width = max(len(fact.name) for fact in finding.facts)
     for fact in finding.facts:
-        console.print(Text.assemble((f"{fact.name:{width}}  ", "dim"), fact.text))
-    console.print()
+        out.print(Text.assemble((f"{fact.name:{width}}  ", "dim"), fact.text), soft_wrap=True)
+    out.print()
     if not finding.problems:
-        console.print(Text("nothing is wrong", "green"))
+        out.print(Text("nothing is wrong", "green"))
     for problem in finding.problems:
-        console.print(Text.assemble(("problem  ", "bold red"), problem.what))
-        console.print(Text.assemble(("fix      ", "bold"), problem.fix))
+        out.print(Text.assemble(("problem  ", "bold red"), problem.what), soft_wrap=True)
+        out.print(Text.assemble(("fix      ", "bold"), problem.fix), soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fourbit.cli.common import print_json
 from fourbit.config import RunConfig, section_class
 from fourbit.errors import ConfigError
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     _write(path, config_text(path, {key: value for key, value in values.items() if value}), args.force)
     missing = [key for key, value in values.items() if not value]
     if args.json:
-        print(json.dumps({"config": str(path), "missing": missing}))
+        print_json({"config": str(path), "missing": missing})
     else:
         first = f"fill in {' and '.join(missing)}, then " if missing else ""
         print(f"wrote {path}; {first}look at the plan with `fourbit train {path} --dry-run`")
