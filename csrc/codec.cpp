@@ -83,9 +83,8 @@ int64_t fb_find_nonfinite(const void* w, int dtype, int64_t n, int threads) {
     return -1;
 }
 
-int fb_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size,
-                     const float* thresholds, const uint8_t* order, uint8_t* codes, float* absmax,
-                     int threads) {
+int fb_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size, const float* thresholds,
+                     const uint8_t* order, uint8_t* codes, float* absmax, int threads) {
     if (!valid(dtype, n, block_size)) return 1;
     const Search search = make_search(thresholds, order);
     const int64_t whole = n / block_size, per_task = std::max<int64_t>(1, TASK_VALUES / block_size);
@@ -117,8 +116,7 @@ void dequantize_span(const uint8_t* codes, const float* absmax, int64_t start, i
         const int64_t length = aligned ? block_size : (block_end - i) / 32 * 32;
         if (i % 2 == 0 && length > 0) {
             kernels().dequantize(codes + i / 2, absmax + (block - first_block), blocks, length, codebook,
-                                 static_cast<char*>(out) + (i - start) * dtype_bytes(dtype), dtype,
-                                 stream);
+                                 static_cast<char*>(out) + (i - start) * dtype_bytes(dtype), dtype, stream);
             i += blocks * length;
         } else {
             const int64_t stop = i % 2 ? i + 1 : block_end;

@@ -25,8 +25,8 @@ float largest_magnitude(const void* w, int64_t start, int64_t count) {
         const uint16_t* source = static_cast<const uint16_t*>(w) + start;
         for (int64_t i = 0; i < count; i += 32)
             largest = _mm512_max_epi16(largest, _mm512_and_si512(_mm512_loadu_si512(source + i), mask));
-        const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(largest),
-                                              _mm512_extracti64x4_epi64(largest, 1));
+        const __m256i half =
+            _mm256_max_epi16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
         const __m128i quarter =
             _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
         // minpos finds the smallest unsigned word; the complement of the largest is the smallest.
@@ -50,8 +50,8 @@ inline __m512i search_tree(__m512 y, __m512 tree, __m512 root) {
 }
 
 template <int DTYPE>
-void quantize_blocks(const void* w, int64_t blocks, int64_t block_size, const Search& search,
-                     uint8_t* codes, float* absmax) {
+void quantize_blocks(const void* w, int64_t blocks, int64_t block_size, const Search& search, uint8_t* codes,
+                     float* absmax) {
     const __m512 tree = _mm512_loadu_ps(search.tree), root = _mm512_set1_ps(search.tree[1]);
     const __m512i low_code = _mm512_loadu_si512(search.order);
     const __m512i high_code = _mm512_slli_epi32(low_code, 4);
@@ -89,22 +89,24 @@ void dequantize_blocks(const uint8_t* codes, const float* absmax, int64_t blocks
             for (int64_t i = start; i < start + block_size; i += 16) {
                 // Eight bytes, one to 64 bits: its high nibble below, the byte itself above; the
                 // permute reads four bits of each half.
-                const __m512i byte = _mm512_cvtepu8_epi64(
-                    _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2)));
-                const __m512i index = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+                const __m512i byte =
+                    _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2)));
+                const __m512i index =
+                    _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
                 store(target + i, _mm512_castps_si512(_mm512_permutexvar_ps(index, scaled)), stream);
             }
         } else {
-            const __m256i rounded = DTYPE == BF16
-                                        ? _mm512_cvtepi32_epi16(round_to_bf16(scaled))
-                                        : _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m256i rounded =
+                DTYPE == BF16 ? _mm512_cvtepi32_epi16(round_to_bf16(scaled))
+                              : _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
             // The permute reads five bits; with the 16 values there twice, the fifth does not matter.
             const __m512i table = _mm512_broadcast_i64x4(rounded);
             uint16_t* target = static_cast<uint16_t*>(out);
             for (int64_t i = start; i < start + block_size; i += 32) {
-                const __m512i byte = _mm512_cvtepu8_epi32(
-                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2)));
-                const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+                const __m512i byte =
+                    _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2)));
+                const __m512i index =
+                    _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
                 store(target + i, _mm512_permutexvar_epi16(index, table), stream);
             }
         }

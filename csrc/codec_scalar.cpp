@@ -5,8 +5,8 @@
 namespace {
 
 template <int DTYPE>
-void quantize_blocks(const void* w, int64_t blocks, int64_t block_size, const Search& search,
-                     uint8_t* codes, float* absmax) {
+void quantize_blocks(const void* w, int64_t blocks, int64_t block_size, const Search& search, uint8_t* codes,
+                     float* absmax) {
     const auto code_of = [&](float y) {
         int node = 1;
         for (int step = 0; step < 4; ++step) node = 2 * node + (y > search.tree[node]);

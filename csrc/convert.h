@@ -47,8 +47,7 @@ inline uint16_t to_fp16(float value) {
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
     // Subnormal result: one ulp of 0.5f is 2^-24, fp16's smallest step, so the addition rounds.
-    if (magnitude < 0x38800000u)
-        return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
+    if (magnitude < 0x38800000u) return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
     magnitude += 0xfffu + ((magnitude >> 13) & 1);
     return uint16_t(sign | ((magnitude - 0x38000000u) >> 13));
 }

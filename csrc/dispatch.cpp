@@ -9,9 +9,9 @@
 
 namespace {
 
-#define FB_TABLE(isa)                                                                    \
-    {#isa,        isa::quantize, isa::dequantize, isa::has_nonfinite, isa::prepare, isa::linear, \
-     isa::dot, isa::dropout}
+#define FB_TABLE(isa)                                                  \
+    {#isa,         isa::quantize, isa::dequantize, isa::has_nonfinite, \
+     isa::prepare, isa::linear,   isa::dot,        isa::dropout}
 
 const Kernels scalar_kernels = FB_TABLE(scalar);
 #if defined(FB_HAVE_AVX2)
@@ -21,7 +21,9 @@ const Kernels avx2_kernels = FB_TABLE(avx2);
 const Kernels avx512_kernels = FB_TABLE(avx512);
 #endif
 #if defined(FB_HAVE_NEON)
-const Kernels neon_kernels = FB_TABLE(neon);
+// What the compiler vectorizes well enough from the portable source has no NEON version.
+const Kernels neon_kernels = {"neon",          neon::quantize, neon::dequantize, scalar::has_nonfinite,
+                              scalar::prepare, neon::linear,   scalar::dot,      scalar::dropout};
 #endif
 
 // Worst first, so that the last one is the default.
@@ -29,8 +31,7 @@ std::vector<const Kernels*> available() {
     std::vector<const Kernels*> found{&scalar_kernels};
 #if defined(FB_HAVE_AVX2)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         found.push_back(&avx2_kernels);
 #endif
 #if defined(FB_HAVE_AVX512)

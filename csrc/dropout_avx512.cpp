@@ -58,8 +58,8 @@ void apply(const DropoutRow& row, int64_t k, __mmask32 inside, __mmask32 kept, _
             const __mmask16 keep = __mmask16(kept >> (16 * half));
             if constexpr (DTYPE == BF16) {
                 const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[half]), 16);
-                halves[half] = _mm512_cvtepi32_epi16(
-                    round_to_bf16(scaled(_mm512_castsi512_ps(wide), keep, scale)));
+                halves[half] =
+                    _mm512_cvtepi32_epi16(round_to_bf16(scaled(_mm512_castsi512_ps(wide), keep, scale)));
             } else {
                 halves[half] = _mm512_cvtps_ph(scaled(_mm512_cvtph_ps(halves[half]), keep, scale),
                                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -39,9 +39,8 @@ FB_API int64_t fb_find_nonfinite(const void* w, int dtype, int64_t n, int thread
 // codes[ceil(n/2)], absmax[ceil(n/block_size)] of w[n]. `thresholds` are the 15 ascending midpoints
 // of the sorted codebook, `order` maps a sorted position to its code. A block that holds a NaN or an
 // infinity gets a non-finite absmax and unspecified codes.
-FB_API int fb_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size,
-                            const float* thresholds, const uint8_t* order, uint8_t* codes,
-                            float* absmax, int threads);
+FB_API int fb_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size, const float* thresholds,
+                            const uint8_t* order, uint8_t* codes, float* absmax, int threads);
 
 // out[n] = codebook[code] * absmax in fp32, rounded once (to nearest, ties to even) to `dtype`.
 FB_API int fb_dequantize_4bit(const uint8_t* codes, const void* absmax, const float* nested_absmax,
@@ -50,24 +49,23 @@ FB_API int fb_dequantize_4bit(const uint8_t* codes, const void* absmax, const fl
 
 // Double quantization of b scales: codes8[b], nested_absmax[ceil(b/256)], offset[1] (their mean, summed
 // in fp64 in a fixed order). `thresholds` are the 255 ascending midpoints of the 8-bit map.
-FB_API int fb_quantize_absmax(const float* absmax, int64_t b, const float* thresholds,
-                              uint8_t* codes8, float* nested_absmax, float* offset, int threads);
-FB_API int fb_dequantize_absmax(const uint8_t* codes8, const float* nested_absmax,
-                                const float* offset, const float* map, int64_t b, float* absmax,
-                                int threads);
+FB_API int fb_quantize_absmax(const float* absmax, int64_t b, const float* thresholds, uint8_t* codes8,
+                              float* nested_absmax, float* offset, int threads);
+FB_API int fb_dequantize_absmax(const uint8_t* codes8, const float* nested_absmax, const float* offset,
+                                const float* map, int64_t b, float* absmax, int threads);
 
 // y[M,N] = x[M,K] @ dequantized[N,K]^T + bias[N], accumulated in fp32 and rounded once to `dtype`;
 // x, y and bias (or null) share it. Made for few rows. A row of y does not depend on M.
-FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_t N,
-                          const uint8_t* codes, const void* absmax, const float* nested_absmax,
-                          const float* offset, const float* map, int64_t block_size,
-                          const float* codebook, const void* bias, void* y, int threads);
+FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
+                          const void* absmax, const float* nested_absmax, const float* offset,
+                          const float* map, int64_t block_size, const float* codebook, const void* bias,
+                          void* y, int threads);
 
-// y[T,K] = x[T,K] with elements dropped at probability round(p * 65536) / 65536 and the kept ones
-// divided by one minus it, in fp32, rounded to `dtype`. Which ones depends on (seed, step, layer,
+// y[T,K] = x[T,K] with elements dropped at the rate q = floor(p * 65536 + 0.5) / 65536, below 1, and
+// the kept ones times fp32(1 / (1 - q)), rounded to `dtype`. Which ones depends on (seed, step, layer,
 // row[t], position[t], k) alone: Philox4x32-10 with key (seed lo32 xor hi32, step) and counter
 // (row, position, k / 8, layer), each taken modulo 2^32; element k uses the (k % 8)-th 16 bits. y may
 // be x.
 FB_API int fb_dropout(const void* x, int dtype, int64_t T, int64_t K, const int64_t* row,
-                      const int64_t* position, int64_t layer, int64_t seed, int64_t step, double p,
-                      void* y, int threads);
+                      const int64_t* position, int64_t layer, int64_t seed, int64_t step, double p, void* y,
+                      int threads);

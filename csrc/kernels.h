@@ -8,18 +8,18 @@
 // The 15 thresholds as a search tree and as a list. Node k of the tree has children 2k and 2k + 1;
 // four steps k = 2k + (y > tree[k]) from k = 1 end at 16 + sorted position.
 struct Search {
-    float tree[16];       // tree[0] is unused
-    float sorted[16];     // ascending; sorted[15] is +inf
-    uint32_t order[16];   // sorted position -> code
+    float tree[16];      // tree[0] is unused
+    float sorted[16];    // ascending; sorted[15] is +inf
+    uint32_t order[16];  // sorted position -> code
 };
 
 // x prepared for the few-row product: fp32, each run of 32 values stored as its 16 even elements
 // followed by its 16 odd ones, so that the two nibbles of a byte meet their elements in whole vectors.
 struct LinearRows {
-    const float* x;         // [M, K], prepared
-    int64_t M, K;           // K is a multiple of block_size
-    const uint8_t* codes;   // [rows, K / 2]
-    const float* absmax;    // [rows, K / block_size]
+    const float* x;        // [M, K], prepared
+    int64_t M, K;          // K is a multiple of block_size
+    const uint8_t* codes;  // [rows, K / 2]
+    const float* absmax;   // [rows, K / block_size]
     int64_t rows, block_size;
     const float* codebook;  // [16]
     float* y;               // [M, rows]
@@ -44,17 +44,17 @@ struct DropoutRow {
 // has_nonfinite  whether any of n values is NaN or infinite
 // prepare        x[K] of any dtype into the layout of LinearRows; K is a multiple of 32
 // dot            the sum of a[i] * b[i]
-#define FB_KERNELS(isa)                                                                            \
-    namespace isa {                                                                                \
-    void quantize(const void* w, int dtype, int64_t blocks, int64_t block_size,                    \
-                  const Search& search, uint8_t* codes, float* absmax);                            \
-    void dequantize(const uint8_t* codes, const float* absmax, int64_t blocks, int64_t block_size, \
-                    const float* codebook, void* out, int dtype, bool stream);                     \
-    bool has_nonfinite(const void* w, int dtype, int64_t n);                                       \
-    void prepare(const void* x, int dtype, int64_t K, float* prepared);                            \
-    void linear(const LinearRows& rows);                                                           \
-    float dot(const float* a, const float* b, int64_t n);                                          \
-    void dropout(const DropoutRow& row);                                                           \
+#define FB_KERNELS(isa)                                                                               \
+    namespace isa {                                                                                   \
+    void quantize(const void* w, int dtype, int64_t blocks, int64_t block_size, const Search& search, \
+                  uint8_t* codes, float* absmax);                                                     \
+    void dequantize(const uint8_t* codes, const float* absmax, int64_t blocks, int64_t block_size,    \
+                    const float* codebook, void* out, int dtype, bool stream);                        \
+    bool has_nonfinite(const void* w, int dtype, int64_t n);                                          \
+    void prepare(const void* x, int dtype, int64_t K, float* prepared);                               \
+    void linear(const LinearRows& rows);                                                              \
+    float dot(const float* a, const float* b, int64_t n);                                             \
+    void dropout(const DropoutRow& row);                                                              \
     }
 
 FB_KERNELS(scalar)

@@ -1,8 +1,7 @@
 // The few-row product on packed weights: argument checks, scales, the split over threads, and rows
 // whose length is not a whole number of blocks.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
+#include <new>
 
 #include "codec.h"
 #include "convert.h"
@@ -22,13 +21,16 @@ constexpr int64_t SERIAL_WORK = 1 << 18;
 struct Scratch {
     float* data = nullptr;
     int64_t size = 0;
-    ~Scratch() { std::free(data); }
+    ~Scratch() { release(); }
+
+    void release() { ::operator delete(data, std::align_val_t(64)); }
 
     float* at_least(int64_t wanted) {
         if (wanted > size) {
-            std::free(data);
-            size = ceil_div(wanted, 16) * 16;
-            data = static_cast<float*>(std::aligned_alloc(64, size_t(size) * sizeof(float)));
+            release();
+            data = nullptr;
+            data = static_cast<float*>(::operator new(size_t(wanted) * sizeof(float), std::align_val_t(64)));
+            size = wanted;
         }
         return data;
     }
@@ -92,9 +94,8 @@ void multiply_decoded(const Problem& p, const float* x, int64_t first_n, int64_t
 }  // namespace
 
 int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
-                   const void* absmax, const float* nested_absmax, const float* offset,
-                   const float* map, int64_t block_size, const float* codebook, const void* bias,
-                   void* y, int threads) {
+                   const void* absmax, const float* nested_absmax, const float* offset, const float* map,
+                   int64_t block_size, const float* codebook, const void* bias, void* y, int threads) {
     if (!known_dtype(dtype) || M < 0 || K < 0 || N < 0 || block_size <= 0 || block_size % 32) return 1;
     const Problem p{x,          dtype,    M,    K, N, codes, {absmax, nested_absmax, offset, map},
                     block_size, codebook, bias, y};

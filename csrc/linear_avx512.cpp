@@ -41,8 +41,7 @@ void tile(const LinearRows& rows, int64_t n, int64_t m) {
     }
     for (int r = 0; r < ROWS; ++r)
         for (int i = 0; i < M; ++i)
-            rows.y[(m + i) * rows.rows + n + r] =
-                _mm512_reduce_add_ps(_mm512_add_ps(even[r][i], odd[r][i]));
+            rows.y[(m + i) * rows.rows + n + r] = _mm512_reduce_add_ps(_mm512_add_ps(even[r][i], odd[r][i]));
 }
 
 // All weight rows against M rows of x.
@@ -80,12 +79,15 @@ float dot(const float* a, const float* b, int64_t n) {
     int64_t i = 0;
     for (; i + 64 <= n; i += 64)
         for (int j = 0; j < 4; ++j)
-            sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * j), _mm512_loadu_ps(b + i + 16 * j), sums[j]);
+            sums[j] =
+                _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * j), _mm512_loadu_ps(b + i + 16 * j), sums[j]);
     for (; i < n; i += 16) {
         const __mmask16 rest = n - i >= 16 ? __mmask16(0xffff) : __mmask16((1u << (n - i)) - 1);
-        sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(rest, a + i), _mm512_maskz_loadu_ps(rest, b + i), sums[0]);
+        sums[0] =
+            _mm512_fmadd_ps(_mm512_maskz_loadu_ps(rest, a + i), _mm512_maskz_loadu_ps(rest, b + i), sums[0]);
     }
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+    return _mm512_reduce_add_ps(
+        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
 }  // namespace avx512

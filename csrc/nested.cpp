@@ -42,12 +42,13 @@ double sum(const float* values, int64_t count, int threads) {
     return sums[0];
 }
 
-// The number of thresholds below y, of 255.
-uint8_t code_of(float y, const float* thresholds) {
-    const float* below = thresholds;
-    for (int64_t half = 128; half > 0; half /= 2)
-        below += y > below[half - 1] ? half : 0;
-    return uint8_t(below - thresholds);
+// code[i] = the number of the 255 thresholds below y[i]. The values of a block descend together,
+// because one value's eight steps each wait for the one before.
+void find_codes(const float* y, int64_t count, const float* thresholds, uint8_t* code) {
+    uint32_t below[NESTED_BLOCK_SIZE] = {};
+    for (uint32_t half = 128; half > 0; half /= 2)
+        for (int64_t i = 0; i < count; ++i) below[i] += y[i] > thresholds[below[i] + half - 1] ? half : 0;
+    for (int64_t i = 0; i < count; ++i) code[i] = uint8_t(below[i]);
 }
 
 }  // namespace
@@ -63,7 +64,9 @@ int fb_quantize_absmax(const float* absmax, int64_t b, const float* thresholds, 
         for (int64_t i = start; i < end; ++i) largest = std::max(largest, std::fabs(absmax[i] - mean));
         nested_absmax[block] = largest;
         const float scale = std::max(largest, 1e-38f);
-        for (int64_t i = start; i < end; ++i) codes8[i] = code_of((absmax[i] - mean) / scale, thresholds);
+        float y[NESTED_BLOCK_SIZE];
+        for (int64_t i = start; i < end; ++i) y[i - start] = (absmax[i] - mean) / scale;
+        find_codes(y, end - start, thresholds, codes8 + start);
     });
     return 0;
 }

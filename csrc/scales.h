@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t NESTED_BLOCK_SIZE = 256;
 
 struct Scales {
-    const void* absmax;          // fp32, or 8-bit codes when `nested` is given
+    const void* absmax;  // fp32, or 8-bit codes when `nested` is given
     const float* nested;
     const float* offset;
     const float* map;

@@ -50,7 +50,9 @@ _SIGNATURES = {
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason."""
     folder = Path(os.environ.get("FOURBIT_NATIVE") or Path(__file__).parent.parent)
-    found = sorted(path for pattern in ("so", "dll", "dylib") for path in folder.glob(f"fourbit_native*.{pattern}"))
+    found = sorted(
+        path for path in folder.glob("fourbit_native*") if path.suffix in (".so", ".dylib", ".dll")
+    )
     if not found:
         return None, f"no fourbit_native library in {folder}; build it with `pip install .` or cmake"
     try:
@@ -138,7 +140,9 @@ def _check(status: int, name: str) -> None:
 
 def find_nonfinite(w: Tensor) -> int:
     """Flat position of the first NaN or infinity of the contiguous w (fp32, bf16, fp16), or -1."""
-    found: int = _library().fb_find_nonfinite(w.data_ptr(), _DTYPES[w.dtype], w.numel(), torch.get_num_threads())
+    found: int = _library().fb_find_nonfinite(
+        w.data_ptr(), _DTYPES[w.dtype], w.numel(), torch.get_num_threads()
+    )
     return found
 
 
@@ -274,9 +278,7 @@ def linear_4bit(
     return y
 
 
-def dropout(
-    x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, step: int, p: float
-) -> Tensor:
+def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, step: int, p: float) -> Tensor:
     """Drop elements of the contiguous x [T, K] with probability p and scale the kept ones.
 
     row and position are int64 [T]; the mask is a function of them, the column, layer, seed and step
