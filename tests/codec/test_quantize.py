@@ -124,6 +124,14 @@ def test_shapes_against_the_reference(
         assert F4.dequantize_4bit(q).dtype == dtype
 
 
+def test_a_large_result_is_written_whole(implementation: str) -> None:
+    # Past the size from which huge pages are asked for, and not a multiple of one.
+    w = torch.randn(3001, 3003)
+    q = F4.quantize_4bit(w)
+    expected = reference.dequantize_4bit(q.codes, q.absmax, q.shape, q.codebook, 64, torch.float32)
+    assert torch.equal(F4.dequantize_4bit(q), expected)
+
+
 def test_reference_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(100_001).half()
     codebook = codebooks.codebook("nf4")

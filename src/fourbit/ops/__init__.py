@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fourbit.ops import dropout, linear
-from fourbit.ops.codec import find_nonfinite
+from fourbit.ops.codec import find_nonfinite, restore_into
 from fourbit.ops.workspace import workspace
 
-__all__ = ["dropout", "find_nonfinite", "linear", "workspace"]
+__all__ = ["dropout", "find_nonfinite", "linear", "restore_into", "workspace"]

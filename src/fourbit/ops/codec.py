@@ -18,7 +18,7 @@ from fourbit.codebooks import check_block_size, thresholds
 from fourbit.errors import QuantizationError
 from fourbit.kernels import native
 from fourbit.ops.library import define, runs_native
-from fourbit.ops.workspace import workspace
+from fourbit.ops.workspace import allocate, workspace
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
 #: Dtypes that weights and activations may have.
@@ -127,7 +127,7 @@ def _dequantize(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    out = allocate(tuple(shape), dtype, codes.device)
     return restore_into(out, codes, absmax, nested, offset, codebook, block_size)
 
 
