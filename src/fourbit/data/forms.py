@@ -86,10 +86,8 @@ def form_of(row: Row, settings: DataSettings) -> Form:
     for form, columns in COLUMNS.items():
         if all(_present(row, names) for names in columns):
             return form
-    known = [name for columns in COLUMNS.values() for names in columns for name in names.split("|")]
-    hint = next((close for name in row.fields if (close := nearest(name, known))), "")
     raise DataError(
-        f"{row.source}: cannot tell what to train on from the columns {_list(row.fields)}{hint}; "
+        f"{row.source}: cannot tell what to train on from the columns {_list(row.fields)}; "
         "name them messages, prompt and completion, instruction and output, or text, "
         "or set data.prompt and data.completion"
     )
@@ -227,7 +225,8 @@ def _require(row: Row, form: Form) -> None:
     for names in COLUMNS[form]:
         if not _present(row, names):
             wanted = names.split("|")
-            hint = next((close for name in wanted if (close := nearest(name, row.fields))), "")
+            unused = [name for name in row.fields if name not in COLUMNS[form]]
+            hint = next((close for name in wanted if (close := nearest(name, unused))), "")
             raise DataError(
                 f"{row.source}: format {form} needs the column {' or '.join(map(repr, wanted))}{hint}, "
                 f"but the row has {_list(row.fields)}"

@@ -27,14 +27,8 @@ class Tokens:
     offsets: list[Span]
 
     def within(self, spans: list[Span]) -> list[bool]:
-        """Which tokens hold a character of a span.
-
-        A token without characters (a word mark written on its own) counts as standing before the
-        character at its place: after a prompt that ends there, it is the model that writes it.
-        """
-        return [
-            any(start < b and (end > a or start == end >= a) for a, b in spans) for start, end in self.offsets
-        ]
+        """Which tokens hold a character of a span."""
+        return [any(start < b and end > a for a, b in spans) for start, end in self.offsets]
 
 
 class TextTokenizer:
