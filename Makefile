@@ -99,7 +99,7 @@ lint: $(VENV)/.lock-dev
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	$(SAY) 'import contract'
-	@PYTHONPATH=src $(VENV)/bin/lint-imports
+	@PYTHONPATH=src $(VENV)/bin/lint-imports --no-logo
 	$(SAY) 'types'
 	@$(VENV)/bin/mypy
 
