@@ -15,6 +15,7 @@ _WHERE = {
     "add_lora": "fourbit.model.adapters",
     "save_quantized": "fourbit.model.save",
     "train": "fourbit.training.run",
+    "errors": "fourbit.errors",
     "FourBitConfig": "fourbit.model.quantizer",
     "functional": "fourbit.functional",
 }

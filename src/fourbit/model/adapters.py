@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,10 @@ def _fourbit_layers() -> Iterator[None]:
 
     peft_lora.dispatch_default = dispatch
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT asks transformers in words that transformers has deprecated since.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
     finally:
         peft_lora.dispatch_default = original
 

@@ -87,6 +87,8 @@ def load(
     tensors, settings = _open(source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code)
     if settings is not None:
         settings.compute_dtype = compute.dtype
+        if stored is not None:  # what makes transformers take the packed tensors as they are
+            config.quantization_config = settings.to_dict()
     model = _build(source, config, tensors, settings, compute.dtype, target, trust_remote_code)
     tokenizers.fit_embeddings(model, tokenizer)
     model.requires_grad_(False)
@@ -151,7 +153,6 @@ def _open(
         skeleton = _skeleton(config, trust_remote_code)
         left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
         settings = FourBitConfig(scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left)
-        config.quantization_config = settings.to_dict()
         return tensors, settings
     skeleton = _skeleton(config, trust_remote_code)
     tensors = gguf.open_file(source, skeleton) if is_gguf else hf.open_folder(source)
@@ -187,12 +188,17 @@ def _build(
 ) -> PreTrainedModel:
     model_class = type(_skeleton(config, trust_remote_code))
     arguments: dict[str, Any] = {"config": config, "state_dict": tensors, "dtype": dtype, "output_loading_info": True}
-    if settings is not None:
+    if settings is not None and getattr(config, "quantization_config", None) is None:
         arguments["quantization_config"] = settings
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
-    with _quiet_transformers():
-        model, info = _guard(source, lambda: model_class.from_pretrained(None, **arguments))
+    try:
+        with _quiet_transformers():
+            model, info = _guard(source, lambda: model_class.from_pretrained(None, **arguments))
+    except ModelError:
+        if settings is not None and settings._failure is not None:
+            raise settings._failure from None
+        raise
     if info["missing_keys"]:
         raise ModelError(f"{source}: lacks {_few(sorted(info['missing_keys']))}; the checkpoint is incomplete")
     if info["mismatched_keys"]:

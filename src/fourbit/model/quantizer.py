@@ -19,6 +19,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fourbit import functional
+from fourbit.errors import FourBitError
 from fourbit.model.formats.lazy import OriginalTensor
 from fourbit.nn.linear import Linear4bit
 
@@ -49,9 +50,11 @@ class FourBitConfig(QuantizationConfigMixin):
         self.double_quant = double_quant
         self.compute_dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
         self.modules_to_not_convert = modules_to_not_convert
+        #: What stopped a conversion: transformers logs errors inside a load and raises one without the reason.
+        self._failure: FourBitError | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        tree = dict(self.__dict__)
+        tree = {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
         if isinstance(self.compute_dtype, torch.dtype):
             tree["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return tree
@@ -93,6 +96,9 @@ class FourBitQuantizer(HfQuantizer):
             )
             if linear.bias is not None:
                 replacement.bias = linear.bias
+            # transformers would draw random values for a weight that the checkpoint lacks; a missing
+            # packed weight must stay missing, and be reported.
+            replacement._is_hf_initialized = True
             model.set_submodule(name, replacement)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -131,15 +137,11 @@ class _Quantize(ConversionOps):
         weight = value[0] if isinstance(value, list) else value
         if isinstance(weight, OriginalTensor):
             weight = weight.read()
-        module, _ = get_module_from_name(model, name)
         config = self.quantizer.quantization_config
-        q = functional.quantize_4bit(
-            weight,
-            quant_type=config.quant_type,
-            block_size=config.block_size,
-            double_quant=config.double_quant,
-            name=name,
-        )
-        module._is_hf_initialized = True
+        try:
+            q = functional.quantize_4bit(weight, config.quant_type, config.block_size, config.double_quant, name=name)
+        except FourBitError as error:
+            config._failure = error
+            raise
         packed = Linear4bit.from_quantized(q).named_parameters()
         return {f"{name.removesuffix('weight')}{leaf}": parameter for leaf, parameter in packed}

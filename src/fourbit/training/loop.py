@@ -18,6 +18,7 @@ from types import FrameType
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fourbit.config import TrainSettings
 from fourbit.data.batch import collate, effective_batches, micro_batches
@@ -68,6 +69,12 @@ def steps_in_run(examples: int, settings: TrainSettings) -> int:
     per_epoch = math.ceil(examples / settings.effective_batch)
     total = max(1, math.ceil(settings.epochs * per_epoch))
     return min(total, settings.max_steps) if settings.max_steps else total
+
+
+def checkpoint_activations(base: PreTrainedModel) -> None:
+    """Keep only the inputs of decoder layers and recompute the rest in backward."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def run_loop(work: Work, metrics: MetricsWriter, line: ProgressLine, resume_from: Path | None = None) -> Outcome:

@@ -28,8 +28,9 @@ from fourbit.memory.measure import peak_bytes
 from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load
+from fourbit.nn.attention import use_short_attention
 from fourbit.training import checkpoint
-from fourbit.training.loop import Outcome, Work, run_loop, steps_in_run
+from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter, truncate_after
 from fourbit.training.progress import ProgressLine
 
@@ -176,8 +177,10 @@ def _fit(
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
         highlight=False,
     )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    use_short_attention(base)
     if config.train.activation_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(base)
     metrics = MetricsWriter(folder, config.train.tensorboard)
     done = checkpoint.Progress() if resume_from is None else checkpoint.read_progress(resume_from)
     try:
@@ -218,11 +221,6 @@ def _autocast_dtype(model: PreTrainedModel | PeftModel, config: RunConfig, devic
     only_lora = all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     dtype = choose_compute_dtype(config.model.compute_dtype, choose_device(str(device))).dtype
     return None if only_lora or dtype == torch.float32 else dtype
-
-
-def _checkpoint_activations(model: PreTrainedModel | PeftModel) -> None:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -90,7 +90,7 @@ def to_bnb(prefix: str, q: QuantizedTensor) -> dict[str, Tensor]:
         state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": q.offset.item()}
     text = json.dumps(state).encode("utf-8")
     parts[f"{prefix}{_MARK}{q.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
-    return {name: part.contiguous() for name, part in parts.items()}
+    return {name: part.clone() if "quant_map" in name else part.contiguous() for name, part in parts.items()}
 
 
 def bnb_config(quant_type: str, double_quant: bool, compute_dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
