@@ -37,6 +37,8 @@ def test_completion_and_eos_are_trained(adds_bos, make_tokenizer, settings, row,
     [
         ("hello", " yes", "hello« yes</s>»"),
         ("hello:", " no", "hello«: no</s>»"),  # one token of prompt and answer
+        ("hello:", " x", "hello«: x</s>»"),  # a token of which the answer has the space alone
+        ("hello\n", "a ", "hello\n«a </s>»"),  # a space ends the answer
         ("hello ", "yes", "hello« yes</s>»"),  # spaces that end a prompt belong to the answer
         ("hello  ", "42", "hello«  42</s>»"),
         ("hello\n", "ok", "hello«\nok</s>»"),

@@ -122,7 +122,7 @@ class ChatTemplate:
 def _end_of_turn(closing: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The length of `closing` up to the end of its first special token, or of its text if it has none."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    found = [token for token in special.union(tokenizer.all_special_tokens) if token in closing]
+    found = [token for token in special if token in closing]
     if not found:
         return len(closing.rstrip())
     first = min(found, key=lambda token: (closing.index(token), -len(token)))

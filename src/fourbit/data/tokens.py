@@ -84,7 +84,7 @@ def _without_trimming(backend: Tokenizer) -> Tokenizer | None:
     """A copy of the tokenizer that keeps white space in its offsets, or None where it does anyway.
 
     Byte-level post-processors may trim offsets: a token of a space and a word then claims the word alone,
-    and a newline claims nothing. Post-processing does nothing else to a text without special tokens.
+    and a token of a space claims nothing. Post-processing does nothing else to a text without special tokens.
     """
     state = json.loads(backend.post_processor.__getstate__()) if backend.post_processor is not None else {}
     steps = state.get("processors", [state])
