@@ -109,7 +109,8 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
             f"input of shape {list(x.shape)} does not fit a weight [{q.shape[0]}, {q.shape[1]}]; "
             f"its last dimension must be {q.shape[1]}"
         )
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    # torch 2.11 cannot trace torch.amp.is_autocast_available; meta is the device that has no autocast.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)
