@@ -104,7 +104,10 @@ def size() -> None:
         row(name, f"{model.packed:,}", f"{n:,}", *(f"{figure:.2f}" for figure in figures))
     model = footprint("7B")
     against = [width * model.packed / model.packed_bytes for width in (4, 2)]
-    print(f"linear layers alone: {against[0]:.2f} times smaller than fp32, {against[1]:.2f} than 16 bits\n")
+    bits_held = 8 * model.packed_bytes / model.packed
+    print(
+        f"linear layers alone: {bits_held:.3f} bits, fp32/NF4 {against[0]:.2f}, 16-bit/NF4 {against[1]:.2f}\n"
+    )
 
     print("training, in GB, activations not counted: weights + gradients + AdamW's two fp32 moments")
     row("", "full, 16-bit", "+ fp32 master", "QLoRA r 64", "QLoRA r 16", "full/QLoRA 64")
