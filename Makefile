@@ -109,7 +109,7 @@ format: $(VENV)/.lock-dev
 
 bench: setup $(VENV)/.lock-dev
 	$(SAY) 'benchmarks'
-	@$(PY) -m benchmarks
+	@for file in benchmarks/[a-z]*.py; do printf '\n-- %s\n' $$file; $(PY) $$file || exit 1; done
 
 # --- upkeep -------------------------------------------------------------------------------
 
