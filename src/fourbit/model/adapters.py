@@ -53,6 +53,8 @@ def add_lora(
         target_modules=_targets(model, target_modules),
         use_rslora=rslora,
         modules_to_save=list(modules_to_save) or None,
+        # A trained embedding and the head tied to it must stay one matrix.
+        ensure_weight_tying=bool(modules_to_save) and bool(model.config.tie_word_embeddings),
         task_type="CAUSAL_LM",
         **peft_options,
     )

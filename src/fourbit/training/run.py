@@ -188,6 +188,8 @@ def _fit(
             outcome = run_loop(work, metrics, line, resume_from)
     finally:
         metrics.close()
+    if not isinstance(model, PeftModel) and outcome.progress.best_step:
+        tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))  # a whole model is loaded with its tokenizer
     summary = _summary(model, work, outcome)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
