@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -193,12 +194,18 @@ def test_threads_do_not_share_a_workspace(implementation: str) -> None:
 
 def test_workspace_is_one_growing_buffer_per_dtype() -> None:
     cpu = torch.device("cpu")
-    with torch.inference_mode():
-        first = workspace((3, 5), torch.float32, cpu)
-    first.fill_(1)  # it was not born an inference tensor
-    assert workspace((15,), torch.float32, cpu).data_ptr() == first.data_ptr()
-    assert workspace((15,), torch.bfloat16, cpu).data_ptr() != first.data_ptr()
-    assert workspace((1000, 1000), torch.float32, cpu).shape == (1000, 1000)
+
+    def in_a_new_thread() -> None:
+        with torch.inference_mode():
+            first = workspace((3, 5), torch.float32, cpu)
+        assert not first.is_inference()  # it would refuse to be written to
+        assert workspace((15,), torch.float32, cpu).data_ptr() == first.data_ptr()
+        assert workspace((15,), torch.bfloat16, cpu).data_ptr() != first.data_ptr()
+        assert workspace((1000, 1000), torch.float32, cpu).shape == (1000, 1000)
+        assert workspace((2,), torch.float32, cpu).untyped_storage().nbytes() == 4_000_000
+
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(in_a_new_thread).result()
 
 
 # --- the module ---------------------------------------------------------------------------------
@@ -212,7 +219,7 @@ def test_checkpointing_gives_the_same_gradients(implementation: str, use_reentra
     plain, x.grad = x.grad, None
     y = x
     for layer in stack:
-        y = checkpoint(lambda v, layer=layer: F.gelu(layer(v)) * 0 + layer(v), y, use_reentrant=use_reentrant)
+        y = checkpoint(layer, y, use_reentrant=use_reentrant)
     y.square().sum().backward()
     assert torch.equal(x.grad, plain)
 
