@@ -1,0 +1,13 @@
+"""How good a model is: generated answers, likelihood of given labels, held-out loss.
+
+    context.py     prompts prefilled in batches: one KV cache, rows of different lengths
+    attention.py   grouped-query attention of few queries without repeating keys and values
+    generate.py    answers in batches, or one of them streamed
+    trie.py        the labels of a closed set as a tree of tokens
+    likelihood.py  the most likely label, exactly, without scoring every label
+    scores.py      exact match, intervals, confusion counts
+    heldout.py     token-weighted loss and perplexity
+    task.py        all of it on the rows of a file
+
+Nothing is imported here, so that the scores need neither torch nor transformers.
+"""

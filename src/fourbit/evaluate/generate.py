@@ -1,0 +1,227 @@
+"""Generated answers, many at once or one streamed.
+
+A row that has finished leaves the batch and takes its part of the KV cache with it, so that a batch never
+waits for its longest answer. Greedy answers are the model's own `generate` token by token; sampled ones
+depend on the seed and the prompt's index, not on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.errors import ConfigError
+from fourbit.evaluate.context import Context, Progress, inference, prefill, transformers_model
+from fourbit.evaluate.labels import end_of_turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Shrinking the cache copies it, so rows leave once an eighth of the batch has finished.
+_LEAVING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 takes the most likely one.
+
+    top_k  only among the k most likely (0: all)
+    top_p  only among the most likely that together have this probability (Holtzman et al., arXiv:1904.09751)
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature is {self.temperature}, must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}, must be 0 (off) or more")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """ids: without the token that ended it; stopped: whether one did, rather than the length limit."""
+
+    ids: list[int]
+    stopped: bool
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    stop: Collection[int],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 32,
+    sampling: Sampling = GREEDY,
+    go_on: Callable[[int, list[int]], bool] | None = None,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Answers to token-id prompts, in their order.
+
+    stop      ids that end an answer (see `stop_ids`)
+    go_on     asked after each token with the prompt's index and the answer so far; False ends it
+    progress  called with (answers done, prompts)
+    """
+    answers: list[Answer | None] = [None] * len(prompts)
+    done = 0
+    with inference(model):
+        for indices, context in prefill(model, prompts, batch_size):
+            for index, answer in answer_batch(
+                context, indices, stop, max_new_tokens, sampling=sampling, go_on=go_on
+            ):
+                answers[index] = answer
+                done += 1
+                if progress is not None:
+                    progress(done, len(prompts))
+    return [answer for answer in answers if answer is not None]
+
+
+def answer_batch(
+    context: Context,
+    indices: Sequence[int],
+    stop: Collection[int],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    go_on: Callable[[int, list[int]], bool] | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """The answers of one prefilled batch, as they finish; consumes the context (fork it to keep it).
+
+    indices: of the context's rows among all prompts. To be iterated under `inference(model)`.
+    """
+    answers: dict[int, list[int]] = {index: [] for index in indices}
+    draws = {index: random.Random(f"{sampling.seed}/{index}") for index in indices}
+    rows: list[int | None] = list(indices)  # of the context; None where the answer has finished
+    logits = context.logits
+    while True:
+        row_draws = [draws[index] if index is not None else None for index in rows]
+        tokens = _next_tokens(logits, sampling, row_draws)
+        for row, (index, token) in enumerate(zip(rows, tokens, strict=True)):
+            if index is None:
+                continue
+            ids = answers[index]
+            stopped = token in stop
+            if not stopped:
+                ids.append(token)
+            if stopped or len(ids) >= max_new_tokens or (go_on is not None and not go_on(index, ids)):
+                rows[row] = None
+                yield index, Answer(ids, stopped)
+        live = [row for row, index in enumerate(rows) if index is not None]
+        if not live:
+            return
+        if (len(rows) - len(live)) * _LEAVING >= len(rows):
+            context.select(torch.tensor(live, device=logits.device))
+            rows, tokens = [rows[row] for row in live], [tokens[row] for row in live]
+        ids_tensor = torch.tensor(tokens, device=logits.device)[:, None]
+        logits = context.extend(ids_tensor, context.lengths[:, None], last=1)[:, -1]
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    stop: Collection[int],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+) -> Iterator[str]:
+    """One answer in pieces of text as they are written; a piece never ends inside a character."""
+    text = TextPieces(tokenizer)
+    with inference(model):
+        _, context = next(prefill(model, [prompt], 1))
+        logits = context.logits
+    draw = random.Random(f"{sampling.seed}/0")
+    for _ in range(max_new_tokens):
+        (token,) = _next_tokens(logits, sampling, [draw])
+        if token in stop:
+            break
+        if piece := text.add(token):
+            yield piece
+        # Entered anew for each token: a generator would carry inference mode out to its caller.
+        with inference(model):
+            ids = torch.tensor([[token]], device=logits.device)
+            logits = context.extend(ids, context.lengths[:, None], last=1)[:, -1]
+    if piece := text.rest():
+        yield piece
+
+
+class TextPieces:
+    """Token ids to text, piece by piece.
+
+    A character may be spread over several tokens and decodes to U+FFFD until it is whole, and a token's
+    text may depend on the one before it (a leading space); so tokens are decoded together with those of
+    the piece before, and only what is new is given out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._given = 0  # ids before _given were given out; decoding begins at _start
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, perhaps none."""
+        self._ids.append(token)
+        text = self._new_text()
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def rest(self) -> str:
+        """What is left at the end, whole or not."""
+        return self._give(self._new_text())
+
+    def _new_text(self) -> str:
+        before = decode(self._tokenizer, self._ids[self._start : self._given])
+        return decode(self._tokenizer, self._ids[self._start :])[len(before) :]
+
+    def _give(self, text: str) -> str:
+        self._start, self._given = self._given, len(self._ids)
+        return text
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer: special tokens left out, spaces as they are."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends an answer, for the generation config, config, tokenizer or chat template."""
+    base = transformers_model(model)
+    found: set[int] = {end_of_turn(tokenizer)}
+    for source in (getattr(base, "generation_config", None), base.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else [ids] if ids is not None else [])
+    return frozenset(found)
+
+
+def _next_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[random.Random | None]) -> list[int]:
+    """One token for each row of logits [B, V]; rows whose generator is None get any."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    scaled = logits.float() / sampling.temperature
+    most = min(sampling.top_k or scaled.shape[-1], scaled.shape[-1])
+    values, tokens = scaled.topk(most)  # sorted, the most likely first
+    probabilities = values.softmax(dim=-1).double()
+    cumulative = probabilities.cumsum(dim=-1)
+    # The token that crosses top_p still belongs to those kept, so the first always does.
+    kept = cumulative - probabilities < sampling.top_p
+    total = (probabilities * kept).sum(dim=-1)
+    uniform = [draw.random() if draw is not None else 0.0 for draw in draws]
+    wanted = torch.tensor(uniform, dtype=torch.float64, device=logits.device) * total
+    chosen = torch.searchsorted(cumulative, wanted[:, None], right=True)
+    chosen = chosen.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
+    return tokens.gather(1, chosen).squeeze(1).tolist()

@@ -1,0 +1,64 @@
+"""Held-out loss, every trained token counted once, whatever batch it stands in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fourbit.data.batch import collate
+from fourbit.data.render import Example
+from fourbit.errors import DataError
+from fourbit.evaluate.batching import length_batches
+from fourbit.evaluate.context import evaluating
+from fourbit.nn.loss import causal_lm_loss
+
+#: Padded tokens per forward pass: enough to keep two cores at their matrix-multiply rate, few enough to
+#: stay below the memory of a training step.
+TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutLoss:
+    """loss: nats per trained token; tokens: how many of them were scored."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def heldout_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeldoutLoss:
+    """Mean loss over the trained tokens of all examples, and their number.
+
+    Examples are batched by length; `progress(done, total)` counts examples. Raises DataError if no token
+    of them is trained.
+    """
+    device = next(model.parameters()).device
+    total, count, done = 0.0, 0, 0
+    # Not inference_mode: this runs between training steps, which may meet what it leaves in caches.
+    with evaluating(model), torch.no_grad():
+        for indices in length_batches([len(example.input_ids) for example in examples], tokens_per_batch):
+            batch = collate([examples[index] for index in indices], pad_id).to(device)
+            loss, tokens = causal_lm_loss(model, batch)
+            total, count, done = total + float(loss), count + tokens, done + len(indices)
+            if progress is not None:
+                progress(done, len(examples))
+    if count == 0:
+        raise DataError(
+            "no token of the held-out rows is trained, so there is no loss; give rows with answers"
+        )
+    return HeldoutLoss(total / count, count)

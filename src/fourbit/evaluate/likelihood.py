@@ -1,0 +1,175 @@
+"""The most likely of a closed set of labels, exactly, without scoring all of them.
+
+    label = argmax over l of  log p(tokens of l, end of turn | prompt)
+
+Log-probabilities only fall along a path, so a prefix of a label that is already less likely than a
+complete label cannot become the best: best-first search over the tree of labels finds the exact argmax
+and leaves the rest of the tree unread (branch and bound; nothing is approximated). Any exact search must
+read every prefix that is likelier than the best label; this one reads few others.
+
+Many requests are searched at once. In each round every request adds the T most likely of its open
+prefixes to its KV cache, side by side: each sees the prompt and its own ancestors. A fine-tuned model
+reads little more than the label's own tokens, an untrained one a third of the tree (measured on
+banking77), and the prompt is read once either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.evaluate.context import PADDING, Context, Progress, inference, prefill
+from fourbit.evaluate.trie import LabelTrie
+
+#: Open prefixes this much (nats) less likely than a request's likeliest are read in the same round. Wider
+#: means fewer rounds and more prefixes that turn out not to be needed.
+_MARGIN = 2.0
+#: Tokens per round: below the first a forward pass is bound by reading weights, so more are read ahead;
+#: above the second nothing is gained but memory used.
+_FEW_TOKENS, _MANY_TOKENS = 64, 512
+#: Requests leave a batch when so large a part of it has its answer; leaving copies the cache.
+_LEAVING = 4
+_CHUNK_BYTES = 2 * 2**20
+_NEVER = -torch.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """label: index of the most likely label; log_prob: its log-probability, end of turn included, in nats."""
+
+    label: int
+    log_prob: float
+
+
+def most_likely(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[Choice]:
+    """The most likely label for each prompt, all given as token ids, labels with their end of turn.
+
+    Raises DataError if labels are missing, empty or the same.
+    """
+    trie = LabelTrie(labels, next(model.parameters()).device)
+    choices: dict[int, Choice] = {}
+    with inference(model):
+        for indices, context in prefill(model, prompts, batch_size):
+            for row, choice in choose_batch(context, trie):
+                choices[indices[row]] = choice
+                if progress is not None:
+                    progress(len(choices), len(prompts))
+    return [choices[index] for index in range(len(prompts))]
+
+
+def choose_batch(context: Context, trie: LabelTrie) -> Iterator[tuple[int, Choice]]:
+    """The row and most likely label of each request of a prefilled batch, as they are found.
+
+    Consumes the context (fork it to keep it). To be iterated under `inference(model)`.
+    """
+    search = _Search(context, trie)
+    while True:
+        open_scores = search.open_scores()
+        going_on = open_scores.amax(dim=1) > _NEVER
+        count = int(going_on.sum())
+        if count == 0:
+            yield from search.results(~going_on)
+            return
+        if (len(going_on) - count) * _LEAVING >= len(going_on):
+            yield from search.results(~going_on)
+            search.keep(going_on.nonzero().squeeze(1))
+            open_scores = open_scores[going_on]
+        search.read(open_scores)
+
+
+class _Search:
+    """The state of B requests in a tree of N nodes.
+
+    scores   fp64 [B, N]  log-probability of the prefix that ends at a node, or -inf while unknown
+    closed   bool [B, N]  nodes whose children are scored, and ends of labels
+    slots    int64 [B, S - S0]  the node in each cache slot after the prompt's S0 (N: none)
+    """
+
+    def __init__(self, context: Context, trie: LabelTrie) -> None:
+        self.context, self.trie = context, trie
+        batch, device = context.positions.shape[0], context.positions.device
+        self.rows = torch.arange(batch, device=device)
+        self.scores = torch.full((batch, trie.size), _NEVER, dtype=torch.float64, device=device)
+        self.scores[:, 0] = 0.0
+        self.closed = torch.zeros(batch, trie.size, dtype=torch.bool, device=device)
+        self.closed[:, trie.ends] = True
+        self.slots = torch.empty(batch, 0, dtype=torch.int64, device=device)
+        self.prompt_length, self.prompt_seen = context.lengths, context.positions >= 0
+        self._score_children(context.logits, self.rows, self.rows, torch.zeros_like(self.rows))
+
+    def open_scores(self) -> Tensor:
+        """[B, N]: the scores of nodes that must still be read, -inf elsewhere."""
+        best = self.scores[:, self.trie.ends].amax(dim=1, keepdim=True)
+        return self.scores.masked_fill(self.closed | (self.scores <= best), _NEVER)
+
+    def read(self, open_scores: Tensor) -> None:
+        """Append the likeliest open nodes of every row to the cache and score their children."""
+        trie = self.trie
+        scores, nodes = open_scores.topk(_round_width(open_scores))
+        nodes = torch.where(scores > _NEVER, nodes, trie.size)
+        real = nodes < trie.size
+        known = nodes.clamp(max=trie.size - 1)
+        self.slots = torch.cat([self.slots, nodes], dim=1)
+        prompt = self.prompt_seen[:, None].expand(-1, nodes.shape[1], -1)
+        visible = torch.cat([prompt, trie.ancestors[nodes[:, :, None], self.slots[:, None]]], dim=2)
+        positions = torch.where(real, self.prompt_length[:, None] + trie.depth[known] - 1, PADDING)
+        logits = self.context.extend(trie.tokens[known], positions, visible).flatten(0, 1)
+        self._score_children(logits, real.flatten().nonzero().squeeze(1), real.nonzero()[:, 0], nodes[real])
+
+    def _score_children(self, logits: Tensor, places: Tensor, rows: Tensor, nodes: Tensor) -> None:
+        """logits [m, V], of which those at places [n] follow nodes [n] of requests rows [n]."""
+        source, child = self.trie.edges(nodes)
+        places = places[source]
+        step = logits[places, self.trie.tokens[child]].float() - _log_normalizer(logits)[places]
+        # Rounding must not make a longer prefix likelier than its beginning: the search rests on that.
+        scores = self.scores[rows, nodes][source] + step.double().clamp(max=0.0)
+        self.scores[rows[source], child] = scores
+        self.closed[rows, nodes] = True
+
+    def results(self, which: Tensor) -> Iterator[tuple[int, Choice]]:
+        """The choices of the rows marked in which [B]."""
+        best, labels = self.scores[which][:, self.trie.ends].max(dim=1)
+        for row, label, score in zip(self.rows[which].tolist(), labels.tolist(), best.tolist(), strict=True):
+            yield row, Choice(label, score)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows (int64 [n]) only."""
+        self.context.select(rows)
+        for name in ("rows", "scores", "closed", "slots", "prompt_length", "prompt_seen"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+def _round_width(open_scores: Tensor) -> int:
+    """How many nodes each row reads in this round."""
+    batch = open_scores.shape[0]
+    top = open_scores.amax(dim=1, keepdim=True)
+    is_open = open_scores > _NEVER
+    near = int((is_open & (open_scores >= top - _MARGIN)).sum())
+    active = max(1, int((top > _NEVER).sum()))
+    width = max(-(-near // active), _FEW_TOKENS // batch)
+    most = int(is_open.sum(dim=1).max())
+    return max(1, min(width, most, max(1, _MANY_TOKENS // batch)))
+
+
+def _log_normalizer(logits: Tensor) -> Tensor:
+    """fp32 [m]: log of the sum of exp over logits [m, V], in chunks that stay in the cache.
+
+    Taken from `log_softmax`, which torch runs in one fused kernel: half the time of `logsumexp` on a CPU.
+    """
+    rows = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    return torch.cat(
+        [
+            chunk[:, 0].float() - torch.log_softmax(chunk, dim=-1, dtype=torch.float32)[:, 0]
+            for chunk in logits.split(rows)
+        ]
+    )
