@@ -97,8 +97,8 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     Differentiable in x and bias. Under torch.autocast it computes and returns in autocast's dtype, as
     F.linear does.
 
-    Up to 16 rows are multiplied with the packed weight, in fp32 whatever the dtype; more restore the
-    weight in x's dtype first. Both agree up to rounding.
+    Up to 16 rows are multiplied with the packed weight; more restore the weight in x's dtype first. Both
+    agree up to rounding.
 
     Raises QuantizationError if q is not a matrix or its columns are not x's.
     """
