@@ -96,6 +96,10 @@ class FourBitQuantizer(HfQuantizer):
             )
             if linear.bias is not None:
                 replacement.bias = linear.bias
+            if not self.pre_quantized:
+                # Until 5.20 transformers casts what it reads to the dtype of the parameter it is for, and
+                # quantizes then; so the parameter has the original's dtype until the weight arrives.
+                replacement.weight = linear.weight.requires_grad_(False)
             # transformers would draw random values for a weight that the checkpoint lacks; a missing
             # packed weight must stay missing, and be reported.
             replacement._is_hf_initialized = True
