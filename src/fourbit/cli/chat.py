@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, TextIO
 
 from fourbit.cli.subject import Subject, add_subject_arguments, open_subject, read_subject_settings
@@ -128,7 +128,8 @@ class Chat:
 
 def _talk(chat: Chat, out: TextIO) -> None:
     """Prompt, answer, and again. Ctrl-C stops the answer, or drops the line being typed."""
-    import readline  # noqa: F401  line editing and history for input()
+    with suppress(ImportError):  # not on Windows, whose consoles edit lines themselves
+        import readline  # noqa: F401  line editing and history for input()
 
     print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", file=out)
     while True:

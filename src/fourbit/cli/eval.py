@@ -19,6 +19,7 @@ from fourbit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from fourbit.data.row import Row
+    from fourbit.evaluate.scores import Accuracy
     from fourbit.evaluate.task import EvalResult, StageProgress
 
 
@@ -27,8 +28,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="score a model, and its adapter beside it",
-        description="Score a model on rows it was not trained on: exact match of its answers, with a 95 %% "
-        "interval, loss, perplexity; base and adapter together. Without --data, on the run's held-out rows",
+        description="Score a model on rows it was not trained on: exact match of its answers, with a 95 % "
+        "interval, loss, perplexity; base and adapter together. Without --data, on the run's held-out rows.",
         epilog="example: fourbit eval runs/demo --data test.csv --labels-from-column category",
     )
     add_subject_arguments(parser)
@@ -178,7 +179,7 @@ def _print(results: dict[str, EvalResult], out: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, title=f"{first.rows:,} rows", title_justify="left")
     table.add_column("")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for label, values in _figures(results):
         table.add_row(label, *values)
     out.print(table)
@@ -192,13 +193,17 @@ def _print(results: dict[str, EvalResult], out: Console) -> None:
 def _figures(results: dict[str, EvalResult]) -> Iterator[tuple[str, list[str]]]:
     found = list(results.values())
     if found[0].accuracy is not None:
-        yield "exact match [95 %]", [str(result.accuracy) for result in found]
+        yield "exact match [95 %]", [_interval(result.accuracy) for result in found]
     if found[0].choice_accuracy is not None:
-        yield "likeliest label [95 %]", [str(result.choice_accuracy) for result in found]
+        yield "likeliest label [95 %]", [_interval(result.choice_accuracy) for result in found]
     if found[0].loss is not None:
         yield "loss per token", [f"{result.loss.loss:.4f}" if result.loss else "" for result in found]
         yield "perplexity", [f"{result.loss.perplexity:.2f}" if result.loss else "" for result in found]
     yield "seconds", [f"{result.seconds:.0f}" for result in found]
+
+
+def _interval(accuracy: Accuracy | None) -> str:
+    return f"{accuracy.value:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}]" if accuracy else ""
 
 
 def _print_samples(results: dict[str, EvalResult], out: Console) -> None:
