@@ -22,7 +22,7 @@ constexpr int64_t STREAM_BYTES = 16 << 20;
 constexpr float SMALLEST_SCALE = 1e-38f;
 
 bool valid(int dtype, int64_t n, int64_t block_size) {
-    return known_dtype(dtype) && n >= 0 && block_size > 0 && block_size % 32 == 0;
+    return known_dtype(dtype) && n >= 0 && valid_block_size(block_size);
 }
 
 Search make_search(const float* thresholds, const uint8_t* order) {

@@ -79,4 +79,10 @@ bool has_nonfinite(const void* w, int dtype, int64_t n) {
     return found;
 }
 
+void restore(const uint8_t* codes8, int64_t count, const float* map, float scale, float offset,
+             float* absmax) {
+    // Multiplied and added in two roundings, as the reference does.
+    for (int64_t i = 0; i < count; ++i) absmax[i] = map[codes8[i]] * scale + offset;
+}
+
 }  // namespace scalar

@@ -9,21 +9,29 @@
 
 namespace {
 
-#define FB_TABLE(isa)                                                  \
-    {#isa,         isa::quantize, isa::dequantize, isa::has_nonfinite, \
-     isa::prepare, isa::linear,   isa::dot,        isa::dropout}
-
-const Kernels scalar_kernels = FB_TABLE(scalar);
+const Kernels scalar_kernels = {"scalar",        scalar::quantize, scalar::dequantize, scalar::has_nonfinite,
+                                scalar::restore, scalar::prepare,  scalar::linear,     scalar::dot,
+                                scalar::dropout};
 #if defined(FB_HAVE_AVX2)
-const Kernels avx2_kernels = FB_TABLE(avx2);
+const Kernels avx2_kernels = {"avx2",          avx2::quantize, avx2::dequantize, avx2::has_nonfinite,
+                              scalar::restore, avx2::prepare,  avx2::linear,     avx2::dot,
+                              avx2::dropout};
 #endif
 #if defined(FB_HAVE_AVX512)
-const Kernels avx512_kernels = FB_TABLE(avx512);
+const Kernels avx512_kernels = {"avx512",        avx512::quantize, avx512::dequantize, avx512::has_nonfinite,
+                                avx512::restore, avx512::prepare,  avx512::linear,     avx512::dot,
+                                avx512::dropout};
 #endif
-#if defined(FB_HAVE_NEON)
+#if defined(FB_HAVE_AVX512BF16)
+const Kernels avx512bf16_kernels = {"avx512bf16",          avx512::quantize, avx512::dequantize,
+                                    avx512::has_nonfinite, avx512::restore,  avx512bf16::prepare,
+                                    avx512bf16::linear,    avx512::dot,      avx512::dropout};
+#endif
 // What the compiler vectorizes well enough from the portable source has no NEON version.
-const Kernels neon_kernels = {"neon",          neon::quantize, neon::dequantize, scalar::has_nonfinite,
-                              scalar::prepare, neon::linear,   scalar::dot,      scalar::dropout};
+#if defined(FB_HAVE_NEON)
+const Kernels neon_kernels = {"neon",          neon::quantize,  neon::dequantize, scalar::has_nonfinite,
+                              scalar::restore, scalar::prepare, neon::linear,     scalar::dot,
+                              scalar::dropout};
 #endif
 
 // Worst first, so that the last one is the default.
@@ -38,6 +46,10 @@ std::vector<const Kernels*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found.push_back(&avx512_kernels);
+#endif
+#if defined(FB_HAVE_AVX512BF16)
+    if (found.back() == &avx512_kernels && __builtin_cpu_supports("avx512bf16"))
+        found.push_back(&avx512bf16_kernels);
 #endif
 #if defined(FB_HAVE_NEON)
     found.push_back(&neon_kernels);

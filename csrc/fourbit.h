@@ -5,7 +5,7 @@
 //   threads  the most OpenMP threads a call may use; small calls use one
 //   return   0, or 1 when an argument is out of range (nothing is written then)
 //
-// A 4-bit tensor of n values lies flat in blocks of `block_size` values, a multiple of 32. Two codes
+// A 4-bit tensor of n values lies flat in blocks of `block_size` values, a power of two from 32. Two codes
 // share a byte, the first in the high nibble; each block has one fp32 scale, absmax; the last block
 // may be short. Where `nested_absmax` is given, `absmax` points to 8-bit codes instead and block i
 // has the scale map[absmax[i]] * nested_absmax[i / 256] + offset[0] (double quantization).
@@ -54,8 +54,9 @@ FB_API int fb_quantize_absmax(const float* absmax, int64_t b, const float* thres
 FB_API int fb_dequantize_absmax(const uint8_t* codes8, const float* nested_absmax, const float* offset,
                                 const float* map, int64_t b, float* absmax, int threads);
 
-// y[M,N] = x[M,K] @ dequantized[N,K]^T + bias[N], accumulated in fp32 and rounded once to `dtype`;
-// x, y and bias (or null) share it. Made for few rows. A row of y does not depend on M.
+// y[M,N] = x[M,K] @ dequantized[N,K]^T + bias[N], accumulated in fp32 and rounded once to `dtype`; x, y and
+// bias (or null) share it. The weights are fp32; the instruction set avx512bf16 rounds them to bf16 where x
+// is bf16, as restoring to bf16 does. Made for few rows. A row of y does not depend on M.
 FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
                           const void* absmax, const float* nested_absmax, const float* offset,
                           const float* map, int64_t block_size, const float* codebook, const void* bias,

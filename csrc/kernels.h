@@ -13,10 +13,13 @@ struct Search {
     uint32_t order[16];  // sorted position -> code
 };
 
-// x prepared for the few-row product: fp32, each run of 32 values stored as its 16 even elements
-// followed by its 16 odd ones, so that the two nibbles of a byte meet their elements in whole vectors.
+// A few rows of x against some rows of packed weights. `prepare` puts a row of x into the order in which
+// `linear` meets it: fp32, each run of 32 values as its 16 even elements followed by its 16 odd ones, so
+// that the two nibbles of a byte meet their elements in whole vectors; or an order of its own.
 struct LinearRows {
-    const float* x;        // [M, K], prepared
+    const float* x;        // [M, x_stride], prepared
+    int64_t x_stride;      // K rounded up to a multiple of 128
+    int dtype;             // of x before it was prepared
     int64_t M, K;          // K is a multiple of block_size
     const uint8_t* codes;  // [rows, K / 2]
     const float* absmax;   // [rows, K / block_size]
@@ -42,7 +45,8 @@ struct DropoutRow {
 // quantize       whole blocks only; block_size is a multiple of 32
 // dequantize     the same; `stream` allows stores that bypass the cache (`out` at 64 bytes)
 // has_nonfinite  whether any of n values is NaN or infinite
-// prepare        x[K] of any dtype into the layout of LinearRows; K is a multiple of 32
+// restore        scales of one block of double quantization: map[codes8] * scale + offset
+// prepare        one row of x, [K], for `linear`; K is a multiple of 32
 // dot            the sum of a[i] * b[i]
 #define FB_KERNELS(isa)                                                                               \
     namespace isa {                                                                                   \
@@ -51,6 +55,8 @@ struct DropoutRow {
     void dequantize(const uint8_t* codes, const float* absmax, int64_t blocks, int64_t block_size,    \
                     const float* codebook, void* out, int dtype, bool stream);                        \
     bool has_nonfinite(const void* w, int dtype, int64_t n);                                          \
+    void restore(const uint8_t* codes8, int64_t count, const float* map, float scale, float offset,   \
+                 float* absmax);                                                                      \
     void prepare(const void* x, int dtype, int64_t K, float* prepared);                               \
     void linear(const LinearRows& rows);                                                              \
     float dot(const float* a, const float* b, int64_t n);                                             \
@@ -60,6 +66,7 @@ struct DropoutRow {
 FB_KERNELS(scalar)
 FB_KERNELS(avx2)
 FB_KERNELS(avx512)
+FB_KERNELS(avx512bf16)
 FB_KERNELS(neon)
 
 struct Kernels {
@@ -67,6 +74,7 @@ struct Kernels {
     decltype(scalar::quantize)* quantize;
     decltype(scalar::dequantize)* dequantize;
     decltype(scalar::has_nonfinite)* has_nonfinite;
+    decltype(scalar::restore)* restore;
     decltype(scalar::prepare)* prepare;
     decltype(scalar::linear)* linear;
     decltype(scalar::dot)* dot;

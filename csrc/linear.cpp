@@ -17,6 +17,9 @@ constexpr int64_t TASK_ROWS = 16, TILE_M = 16;
 // Multiply-adds below which waking other threads costs more than they save.
 constexpr int64_t SERIAL_WORK = 1 << 18;
 
+// Floats that hold a prepared row of x.
+int64_t prepared_size(int64_t K) { return ceil_div(K, 128) * 128; }
+
 // Scratch memory of a thread, kept between calls so that small products do not allocate.
 struct Scratch {
     float* data = nullptr;
@@ -62,14 +65,14 @@ void write(const Problem& p, int64_t first_m, int64_t count_m, int64_t first_n, 
 
 // Rows made of whole blocks: the codes are multiplied as they are.
 void multiply_packed(const Problem& p, const float* x, int64_t first_n, int64_t count_n) {
-    const int64_t row_blocks = p.K / p.block_size;
+    const int64_t row_blocks = p.K / p.block_size, x_stride = prepared_size(p.K);
     float* buffer = p.scales.nested ? scale_scratch.at_least(count_n * row_blocks) : nullptr;
     const float* absmax = p.scales.run(first_n * row_blocks, count_n * row_blocks, buffer);
     float sums[TILE_M * TASK_ROWS];
     for (int64_t m = 0; m < p.M; m += TILE_M) {
         const int64_t count_m = std::min(TILE_M, p.M - m);
-        kernels().linear({x + m * p.K, count_m, p.K, p.codes + first_n * p.K / 2, absmax, count_n,
-                          p.block_size, p.codebook, sums});
+        kernels().linear({x + m * x_stride, x_stride, p.dtype, count_m, p.K, p.codes + first_n * p.K / 2,
+                          absmax, count_n, p.block_size, p.codebook, sums});
         write(p, m, count_m, first_n, count_n, sums);
     }
 }
@@ -85,7 +88,7 @@ void multiply_decoded(const Problem& p, const float* x, int64_t first_n, int64_t
         dequantize_span(p.codes, p.scales.run(first_block, blocks, buffer), start, p.K, p.block_size,
                         p.codebook, weight, FP32, false);
         for (int64_t m = 0; m < p.M; ++m) {
-            const float sum = kernels().dot(x + m * p.K, weight, p.K);
+            const float sum = kernels().dot(x + m * prepared_size(p.K), weight, p.K);
             write(p, m, 1, n, 1, &sum);
         }
     }
@@ -96,17 +99,18 @@ void multiply_decoded(const Problem& p, const float* x, int64_t first_n, int64_t
 int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
                    const void* absmax, const float* nested_absmax, const float* offset, const float* map,
                    int64_t block_size, const float* codebook, const void* bias, void* y, int threads) {
-    if (!known_dtype(dtype) || M < 0 || K < 0 || N < 0 || block_size <= 0 || block_size % 32) return 1;
+    if (!known_dtype(dtype) || M < 0 || K < 0 || N < 0 || !valid_block_size(block_size)) return 1;
     const Problem p{x,          dtype,    M,    K, N, codes, {absmax, nested_absmax, offset, map},
                     block_size, codebook, bias, y};
     const bool packed = K % block_size == 0;
-    float* prepared = input_scratch.at_least(M * K);
+    float* prepared = input_scratch.at_least(M * prepared_size(K));
     for (int64_t m = 0; m < M; ++m) {
         const void* row = static_cast<const char*>(x) + m * K * dtype_bytes(dtype);
+        float* target = prepared + m * prepared_size(K);
         if (packed)
-            kernels().prepare(row, dtype, K, prepared + m * K);
+            kernels().prepare(row, dtype, K, target);
         else
-            for (int64_t k = 0; k < K; ++k) prepared[m * K + k] = load_value(row, dtype, k);
+            for (int64_t k = 0; k < K; ++k) target[k] = load_value(row, dtype, k);
     }
     parallel_for(ceil_div(N, TASK_ROWS), M * N * K < SERIAL_WORK ? 1 : threads, [&](int64_t task) {
         const int64_t first_n = task * TASK_ROWS, count_n = std::min(TASK_ROWS, N - first_n);

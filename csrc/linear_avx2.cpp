@@ -2,6 +2,7 @@
 #include "convert.h"
 #include "kernels.h"
 #include "simd_avx2.h"
+#include "unroll.h"
 
 namespace {
 
@@ -16,34 +17,35 @@ void tile(const LinearRows& rows, int64_t n, int64_t m) {
     const int64_t K = rows.K, row_blocks = K / rows.block_size;
     const uint8_t* codes = rows.codes + n * K / 2;
     const float* absmax = rows.absmax + n * row_blocks;
-    const float* x = rows.x + m * K;
+    const float* x = rows.x + m * rows.x_stride;
     __m256 even[ROWS][M], odd[ROWS][M];
-    for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < M; ++i) even[r][i] = odd[r][i] = _mm256_setzero_ps();
+    unroll<ROWS>([&](auto r) { unroll<M>([&](auto i) { even[r][i] = odd[r][i] = _mm256_setzero_ps(); }); });
 
     for (int64_t block = 0; block < row_blocks; ++block) {
         Table table[ROWS];
-        for (int r = 0; r < ROWS; ++r) table[r] = scaled_table(rows.codebook, absmax[r * row_blocks + block]);
+        unroll<ROWS>([&](auto r) { table[r] = scaled_table(rows.codebook, absmax[r * row_blocks + block]); });
         const int64_t end = (block + 1) * rows.block_size;
         for (int64_t k = block * rows.block_size; k < end; k += 32) {
             // x holds 16 even elements and then 16 odd ones; eight of each meet eight bytes.
             for (int64_t part = 0; part < 16; part += 8) {
-                for (int r = 0; r < ROWS; ++r) {
+                unroll<ROWS>([&](auto r) {
                     const __m256i byte = _mm256_cvtepu8_epi32(
                         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + (r * K + k) / 2 + part)));
                     const __m256 high = table[r][_mm256_srli_epi32(byte, 4)], low = table[r][byte];
-                    for (int i = 0; i < M; ++i) {
-                        const float* at = x + i * K + k + part;
+                    unroll<M>([&](auto i) {
+                        const float* at = x + i * rows.x_stride + k + part;
                         even[r][i] = _mm256_fmadd_ps(high, _mm256_loadu_ps(at), even[r][i]);
                         odd[r][i] = _mm256_fmadd_ps(low, _mm256_loadu_ps(at + 16), odd[r][i]);
-                    }
-                }
+                    });
+                });
             }
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < M; ++i)
+    unroll<ROWS>([&](auto r) {
+        unroll<M>([&](auto i) {
             rows.y[(m + i) * rows.rows + n + r] = total(_mm256_add_ps(even[r][i], odd[r][i]));
+        });
+    });
 }
 
 // All weight rows against M rows of x.

@@ -7,6 +7,7 @@
 #include "convert.h"
 #include "kernels.h"
 #include "simd_avx512.h"
+#include "unroll.h"
 
 namespace {
 
@@ -15,33 +16,38 @@ void tile(const LinearRows& rows, int64_t n, int64_t m) {
     const int64_t K = rows.K, row_blocks = K / rows.block_size;
     const uint8_t* codes = rows.codes + n * K / 2;
     const float* absmax = rows.absmax + n * row_blocks;
-    const float* x = rows.x + m * K;
+    const float* x = rows.x + m * rows.x_stride;
     const __m512 codebook = _mm512_loadu_ps(rows.codebook);
     __m512 even[ROWS][M], odd[ROWS][M];
-    for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < M; ++i) even[r][i] = odd[r][i] = _mm512_setzero_ps();
+    unroll<ROWS>([&](auto r) { unroll<M>([&](auto i) { even[r][i] = odd[r][i] = _mm512_setzero_ps(); }); });
 
     for (int64_t block = 0; block < row_blocks; ++block) {
         __m512 table[ROWS];
-        for (int r = 0; r < ROWS; ++r)
+        unroll<ROWS>([&](auto r) {
             table[r] = _mm512_mul_ps(codebook, _mm512_set1_ps(absmax[r * row_blocks + block]));
+        });
         const int64_t end = (block + 1) * rows.block_size;
         for (int64_t k = block * rows.block_size; k < end; k += 32) {
-            for (int r = 0; r < ROWS; ++r) {
-                const __m512i byte = _mm512_cvtepu8_epi32(
-                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + (r * K + k) / 2)));
+            unroll<ROWS>([&](auto r) {
+                const uint8_t* at = codes + (r * K + k) / 2;
+                if (k % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(at + ROWS * K / 2), _MM_HINT_T0);
+                const __m512i byte =
+                    _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
                 const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table[r]);
                 const __m512 low = _mm512_permutexvar_ps(byte, table[r]);
-                for (int i = 0; i < M; ++i) {
-                    even[r][i] = _mm512_fmadd_ps(high, _mm512_loadu_ps(x + i * K + k), even[r][i]);
-                    odd[r][i] = _mm512_fmadd_ps(low, _mm512_loadu_ps(x + i * K + k + 16), odd[r][i]);
-                }
-            }
+                unroll<M>([&](auto i) {
+                    const float* values = x + i * rows.x_stride + k;
+                    even[r][i] = _mm512_fmadd_ps(high, _mm512_loadu_ps(values), even[r][i]);
+                    odd[r][i] = _mm512_fmadd_ps(low, _mm512_loadu_ps(values + 16), odd[r][i]);
+                });
+            });
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < M; ++i)
+    unroll<ROWS>([&](auto r) {
+        unroll<M>([&](auto i) {
             rows.y[(m + i) * rows.rows + n + r] = _mm512_reduce_add_ps(_mm512_add_ps(even[r][i], odd[r][i]));
+        });
+    });
 }
 
 // All weight rows against M rows of x.

@@ -3,6 +3,7 @@
 #include <arm_neon.h>
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace {
 
@@ -25,10 +26,9 @@ template <int M>
 void tile(const LinearRows& rows, int64_t n, int64_t m) {
     const int64_t K = rows.K, row_blocks = K / rows.block_size;
     const uint8_t* codes = rows.codes + n * K / 2;
-    const float* x = rows.x + m * K;
+    const float* x = rows.x + m * rows.x_stride;
     float32x4_t sums[M][4];
-    for (int i = 0; i < M; ++i)
-        for (int j = 0; j < 4; ++j) sums[i][j] = vdupq_n_f32(0.0f);
+    unroll<M>([&](auto i) { unroll<4>([&](auto j) { sums[i][j] = vdupq_n_f32(0.0f); }); });
 
     for (int64_t block = 0; block < row_blocks; ++block) {
         float scaled[16];
@@ -42,18 +42,19 @@ void tile(const LinearRows& rows, int64_t n, int64_t m) {
             float32x4_t even[4], odd[4];
             look_up(table, vshrq_n_u8(byte, 4), even);
             look_up(table, vandq_u8(byte, vdupq_n_u8(15)), odd);
-            for (int i = 0; i < M; ++i) {
-                for (int j = 0; j < 4; ++j) {
-                    const float* at = x + i * K + k + 4 * j;
+            unroll<M>([&](auto i) {
+                unroll<4>([&](auto j) {
+                    const float* at = x + i * rows.x_stride + k + 4 * j;
                     sums[i][j] = vfmaq_f32(sums[i][j], even[j], vld1q_f32(at));
                     sums[i][j] = vfmaq_f32(sums[i][j], odd[j], vld1q_f32(at + 16));
-                }
-            }
+                });
+            });
         }
     }
-    for (int i = 0; i < M; ++i)
+    unroll<M>([&](auto i) {
         rows.y[(m + i) * rows.rows + n] =
             vaddvq_f32(vaddq_f32(vaddq_f32(sums[i][0], sums[i][1]), vaddq_f32(sums[i][2], sums[i][3])));
+    });
 }
 
 template <int M>

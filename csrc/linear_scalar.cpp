@@ -18,7 +18,7 @@ void linear(const LinearRows& rows) {
     for (int64_t n = 0; n < rows.rows; ++n) {
         const uint8_t* codes = rows.codes + n * rows.K / 2;
         for (int64_t m = 0; m < rows.M; ++m) {
-            const float* x = rows.x + m * rows.K;
+            const float* x = rows.x + m * rows.x_stride;
             // Sixteen partial sums: the lanes of a vector where the compiler has them.
             float sums[16] = {};
             for (int64_t k = 0; k < rows.K; k += 32) {

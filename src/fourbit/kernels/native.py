@@ -6,8 +6,8 @@ use; after torch, so that both share one OpenMP runtime. FOURBIT_ISA picks an in
 than the best this machine has.
 
 The functions take CPU tensors whose sizes and dtypes the operators have checked, and release the
-interpreter lock. They give the same bytes as `fourbit.reference`, the few-row product excepted, which
-keeps weights and sums in fp32 where the reference multiplies in the input's dtype.
+interpreter lock. They give the same bytes as `fourbit.reference`, the few-row product excepted, whose
+order of summation is its own.
 """
 
 from __future__ import annotations
@@ -252,8 +252,9 @@ def linear_4bit(
 ) -> Tensor:
     """Multiply the contiguous x [M, K], few rows, by the packed weight [out_features, K] transposed.
 
-    Returns x's dtype [M, out_features]; bias has x's dtype too. Weights and sums are fp32, rounded once
-    at the end; a row of the result does not depend on the other rows.
+    Returns x's dtype [M, out_features]; bias has x's dtype too. Sums are fp32 and rounded once, at the
+    end; so are weights, but bf16 for bf16 inputs with avx512bf16. A row of the result does not depend on
+    the other rows.
     """
     codes, absmax = codes.contiguous(), absmax.contiguous()
     y = x.new_empty(x.shape[0], out_features)
