@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 settings or arguments, 3 data, 4 model or adapte
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -26,6 +27,10 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on standard error, never in a traceback."""
+    # Threads that wait for one another while something else uses a core should sleep, not spin: on two
+    # busy cores spinning made a training step up to ten times slower, and sleeping costs an idle machine
+    # next to nothing (docs/log.md). Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if not word.startswith("-")), None)
     if name not in COMMANDS:

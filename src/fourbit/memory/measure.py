@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import resource
 import sys
-from pathlib import Path
 
+import psutil
 import torch
 
 
 def peak_resident_bytes() -> int:
     """Highest resident set so far, file-backed pages included (VmHWM on Linux)."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # there is none on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_bytes() -> int:
-    """Resident set now; falls back to the peak where /proc does not exist."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return peak_resident_bytes()
-    return pages * resource.getpagesize()
+    """Resident set now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes(device: torch.device) -> int:

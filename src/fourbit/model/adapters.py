@@ -22,7 +22,17 @@ from fourbit.nn.dropout import KeySource
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
+_ATTENTION = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "qkv_proj",
+    "query_key_value",
+    "c_attn",
+    "out_proj",
+    "dense",
+)
 
 
 def add_lora(
@@ -65,7 +75,9 @@ def add_lora(
     return _wire(adapted)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, folder: str | os.PathLike[str], trainable: bool = False
+) -> PeftModel:
     """Put a saved PEFT adapter on its base. Raises ModelError naming the folder when it does not fit."""
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
@@ -106,7 +118,9 @@ def _fourbit_layers() -> Iterator[None]:
     """
     original = peft_lora.dispatch_default
 
-    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> nn.Module | None:
+    def dispatch(
+        target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
+    ) -> nn.Module | None:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(base, Linear4bit) or type(base) is nn.Linear:
             return LoraLinear(base, adapter_name, config=config, **options)
@@ -144,10 +158,16 @@ def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     if wanted == "attention":
         found = [
-            ending for ending in _ATTENTION if any(n.endswith(f".{ending}") and "attn" in n or n.endswith(f"attention.{ending}") for n in names)
+            ending
+            for ending in _ATTENTION
+            if any(
+                n.endswith(f".{ending}") and "attn" in n or n.endswith(f"attention.{ending}") for n in names
+            )
         ]
         if not found:
-            raise ConfigError(f"lora.target_modules = 'attention': found no attention layers among {', '.join(endings)}")
+            raise ConfigError(
+                f"lora.target_modules = 'attention': found no attention layers among {', '.join(endings)}"
+            )
         return found
     patterns = [wanted] if isinstance(wanted, str) else list(wanted)
     selected: list[str] = []

@@ -31,7 +31,9 @@ def choose_device(requested: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"model.device = '{requested}': not a device; use cpu, cuda or auto") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"model.device = '{requested}': this torch sees no CUDA device; `fourbit doctor` says why")
+        raise ConfigError(
+            f"model.device = '{requested}': this torch sees no CUDA device; `fourbit doctor` says why"
+        )
     return device
 
 
@@ -73,7 +75,9 @@ def _faster_on_cpu() -> ComputeDtype:
     gflops = {dtype: 2e-9 * _ROWS * _INNER * _COLUMNS / s for dtype, s in seconds.items()}
     figures = f"{gflops[torch.bfloat16]:.0f} against {gflops[torch.float32]:.0f} GFLOP/s"
     if bf16 <= fp32:
-        return ComputeDtype(torch.bfloat16, f"bfloat16 products are {fp32 / bf16:.1f}x faster here, {figures}")
+        return ComputeDtype(
+            torch.bfloat16, f"bfloat16 products are {fp32 / bf16:.1f}x faster here, {figures}"
+        )
     return ComputeDtype(torch.float32, f"bfloat16 products are {bf16 / fp32:.1f}x slower here, {figures}")
 
 

@@ -42,7 +42,11 @@ class LoadReport:
 
     def line(self) -> str:
         rest = str(self.rest_dtype).removeprefix("torch.")
-        left = f"left {_few(self.left)}, embeddings and norms in {rest}" if self.left else f"embeddings and norms in {rest}"
+        left = (
+            f"left {_few(self.left)}, embeddings and norms in {rest}"
+            if self.left
+            else f"embeddings and norms in {rest}"
+        )
         size = f"{self.parameters / 1e6:,.0f} M parameters in {self.weight_bytes / 1e6:,.0f} MB"
         if not self.converted:
             return f"{self.source}: {size}, nothing quantized ({rest})"
@@ -78,13 +82,19 @@ def load(
     source = _locate(os.fspath(path), revision)
     is_gguf = source.is_file()
     config = _guard(source, partial(_read_config, source, is_gguf, trust_remote_code))
-    tokenizer = gguf.read_tokenizer(source) if is_gguf else tokenizers.read_tokenizer(source, trust_remote_code)
+    tokenizer = (
+        gguf.read_tokenizer(source) if is_gguf else tokenizers.read_tokenizer(source, trust_remote_code)
+    )
     tokenizers.ensure_pad_token(tokenizer)
 
     stored = getattr(config, "quantization_config", None)
     if stored is not None and not bnb.is_bnb_4bit(stored):
-        raise ModelError(f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); give the 16-bit model")
-    tensors, settings = _open(source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code)
+        raise ModelError(
+            f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); give the 16-bit model"
+        )
+    tensors, settings = _open(
+        source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code
+    )
     if settings is not None:
         settings.compute_dtype = compute.dtype
         if stored is not None:  # what makes transformers take the packed tensors as they are
@@ -119,14 +129,20 @@ def _download(name: str, revision: str | None) -> Path:
 
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
         )
     except GatedRepoError:
         raise ModelError(f"{name}: gated; accept its licence on the hub, then `hf auth login`") from None
     except RepositoryNotFoundError:
-        raise ModelError(f"{name}: no such folder, and no such model on the hub (private ones need `hf auth login`)") from None
+        raise ModelError(
+            f"{name}: no such folder, and no such model on the hub (private ones need `hf auth login`)"
+        ) from None
     except (LocalEntryNotFoundError, OSError):
-        raise ModelError(f"{name}: no such folder, and the hub cannot be reached; download it first, or check the name") from None
+        raise ModelError(
+            f"{name}: no such folder, and the hub cannot be reached; download it first, or check the name"
+        ) from None
     return Path(folder)
 
 
@@ -152,7 +168,9 @@ def _open(
         del config.quantization_config
         skeleton = _skeleton(config, trust_remote_code)
         left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
-        settings = FourBitConfig(scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left)
+        settings = FourBitConfig(
+            scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left
+        )
         return tensors, settings
     skeleton = _skeleton(config, trust_remote_code)
     tensors = gguf.open_file(source, skeleton) if is_gguf else hf.open_folder(source)
@@ -173,7 +191,8 @@ def _keep_precision(tensors: dict[str, LazyTensor], skeleton: PreTrainedModel) -
     names = {f"{name}.weight" for name in linear_names(skeleton, skipped)}
     prefix = f"{skeleton.base_model_prefix}."
     return {
-        key: OriginalTensor(tensor) if key in names or prefix + key in names else tensor for key, tensor in tensors.items()
+        key: OriginalTensor(tensor) if key in names or prefix + key in names else tensor
+        for key, tensor in tensors.items()
     }
 
 
@@ -187,7 +206,12 @@ def _build(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     model_class = type(_skeleton(config, trust_remote_code))
-    arguments: dict[str, Any] = {"config": config, "state_dict": tensors, "dtype": dtype, "output_loading_info": True}
+    arguments: dict[str, Any] = {
+        "config": config,
+        "state_dict": tensors,
+        "dtype": dtype,
+        "output_loading_info": True,
+    }
     if settings is not None and getattr(config, "quantization_config", None) is None:
         arguments["quantization_config"] = settings
     if device.type != "cpu":
@@ -200,11 +224,13 @@ def _build(
             raise settings._failure from None
         raise
     if info["missing_keys"]:
-        raise ModelError(f"{source}: lacks {_few(sorted(info['missing_keys']))}; the checkpoint is incomplete")
+        raise ModelError(
+            f"{source}: lacks {_few(sorted(info['missing_keys']))}; the checkpoint is incomplete"
+        )
     if info["mismatched_keys"]:
         name, *shapes = next(iter(info["mismatched_keys"]))
         raise ModelError(f"{source}: '{name}' has shape {shapes[0]}, the config says {shapes[1]}")
-    model.config.name_or_path = str(source)
+    model.name_or_path = model.config.name_or_path = str(source)  # PEFT writes it into adapters
     if (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(source))
     return model
@@ -237,7 +263,9 @@ def _guard(source: Path, action: Any) -> Any:
 
 def _report(path: str, model: PreTrainedModel, settings: FourBitConfig | None, reason: str) -> LoadReport:
     packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    packed_bytes = sum(p.nbytes for module in packed for name, p in module.named_parameters() if name != "bias")
+    packed_bytes = sum(
+        p.nbytes for module in packed for name, p in module.named_parameters() if name != "bias"
+    )
     weights = sum(module.in_features * module.out_features for module in packed)
     packed_ids = {id(p) for module in packed for name, p in module.named_parameters() if name != "bias"}
     rest = [p for p in model.parameters() if id(p) not in packed_ids]

@@ -48,7 +48,9 @@ class FourBitConfig(QuantizationConfigMixin):
         self.quant_type = quant_type
         self.block_size = block_size
         self.double_quant = double_quant
-        self.compute_dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+        self.compute_dtype = (
+            getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+        )
         self.modules_to_not_convert = modules_to_not_convert
         #: What stopped a conversion: transformers logs errors inside a load and raises one without the reason.
         self._failure: FourBitError | None = None
@@ -66,7 +68,9 @@ class FourBitQuantizer(HfQuantizer):
 
     quantization_config: FourBitConfig
     requires_calibration = False
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", "weight_absmax", "weight_consts"]}
+    serialized_names: ClassVar[dict[str, list[str]]] = {
+        "weight": ["weight", "weight_absmax", "weight_consts"]
+    }
 
     @property
     def quantized_element_size(self) -> float:
@@ -136,14 +140,18 @@ class _Quantize(ConversionOps):
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any) -> dict[str, nn.Parameter]:
+    def convert(
+        self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any
+    ) -> dict[str, nn.Parameter]:
         (name, value), *_ = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
         if isinstance(weight, OriginalTensor):
             weight = weight.read()
         config = self.quantizer.quantization_config
         try:
-            q = functional.quantize_4bit(weight, config.quant_type, config.block_size, config.double_quant, name=name)
+            q = functional.quantize_4bit(
+                weight, config.quant_type, config.block_size, config.double_quant, name=name
+            )
         except FourBitError as error:
             config._failure = error
             raise

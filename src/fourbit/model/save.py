@@ -20,7 +20,9 @@ _SHARD_BYTES = 2_000_000_000
 def check_savable(quant_type: str) -> None:
     """Raise ModelError for a 4-bit type that a bitsandbytes checkpoint cannot hold."""
     if quant_type not in ("nf4", "fp4"):
-        raise ModelError(f"{quant_type} cannot be saved: a bitsandbytes checkpoint holds nf4 or fp4 only; choose one of them")
+        raise ModelError(
+            f"{quant_type} cannot be saved: a bitsandbytes checkpoint holds nf4 or fp4 only; choose one of them"
+        )
 
 
 def save_quantized(
@@ -44,7 +46,9 @@ def save_quantized(
         config = model.config.to_dict()
         config["quantization_config"] = bnb_config(first.quant_type, first.double_quant, model.dtype, skipped)
         config["dtype"] = str(model.dtype).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+        (target / "config.json").write_text(
+            json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8"
+        )
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(str(target))
         tokenizer.save_pretrained(str(target))

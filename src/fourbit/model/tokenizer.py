@@ -34,7 +34,9 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         if name is not None and name in vocabulary and name != tokenizer.bos_token:
             tokenizer.pad_token = name
             return
-    raise ModelError("the tokenizer has no pad, end-of-text or unknown token to pad with; set tokenizer.pad_token")
+    raise ModelError(
+        "the tokenizer has no pad, end-of-text or unknown token to pad with; set tokenizer.pad_token"
+    )
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -46,7 +48,9 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if needed <= rows:
         return 0
     if needed - rows > 1024:
-        raise ModelError(f"the tokenizer has {needed} tokens and the model {rows} rows: they do not belong together")
+        raise ModelError(
+            f"the tokenizer has {needed} tokens and the model {rows} rows: they do not belong together"
+        )
     model.resize_token_embeddings(needed, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:

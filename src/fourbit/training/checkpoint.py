@@ -1,9 +1,9 @@
 """Checkpoints: trained weights, optimizer states and counters, written aside and renamed into place.
 
-    checkpoints/step-000100/adapter/              PEFT's format (or the whole model under full fine-tuning)
-                            optimizer.safetensors  AdamW's moments, by parameter name
-                            state.json             counters
-    adapter/                                       the best so far by held-out loss, what a user keeps
+checkpoints/step-000100/adapter/              PEFT's format (or the whole model under full fine-tuning)
+                        optimizer.safetensors  AdamW's moments, by parameter name
+                        state.json             counters
+adapter/                                       the best so far by held-out loss, what a user keeps
 """
 
 from __future__ import annotations
@@ -67,6 +67,15 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(str(folder), **options)  # type: ignore[operator]
 
 
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read back what `save_weights` wrote."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        model.load_state_dict(load_file(str(file)), strict=False)
+
+
 def newest(folder: Path) -> Path | None:
     """The newest finished checkpoint of a run, or None."""
     return max(_finished(folder), default=None)
@@ -75,22 +84,22 @@ def newest(folder: Path) -> Path | None:
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Load weights, moments and counters; raises TrainingError when they do not fit the run."""
     try:
-        if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, load_file(str(checkpoint / ADAPTER / "adapter_model.safetensors")))
-        else:
-            for file in sorted((checkpoint / ADAPTER).glob("*.safetensors")):
-                model.load_state_dict(load_file(str(file)), strict=False)
+        load_weights(checkpoint / ADAPTER, model)
         moments = load_file(str(checkpoint / "optimizer.safetensors"))
         for name, parameter in _trainable(model):
             state = {
-                key.removeprefix(f"{name}/"): value for key, value in moments.items() if key.startswith(f"{name}/")
+                key.removeprefix(f"{name}/"): value
+                for key, value in moments.items()
+                if key.startswith(f"{name}/")
             }
             if state["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"'{name}' has another shape")
             optimizer.state[parameter] = state
         return read_progress(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise TrainingError(f"{checkpoint}: cannot be resumed from ({error}); were the settings changed?") from error
+        raise TrainingError(
+            f"{checkpoint}: cannot be resumed from ({error}); were the settings changed?"
+        ) from error
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -77,13 +77,19 @@ def checkpoint_activations(base: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def run_loop(work: Work, metrics: MetricsWriter, line: ProgressLine, resume_from: Path | None = None) -> Outcome:
+def run_loop(
+    work: Work, metrics: MetricsWriter, line: ProgressLine, resume_from: Path | None = None
+) -> Outcome:
     """Train to the end, a plateau, or an interrupt; leaves checkpoints and the best adapter in the folder."""
     settings, model = work.settings, work.model
     total = steps_in_run(len(work.train), settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, work.learning_rate, (settings.beta1, settings.beta2), weight_decay=settings.weight_decay, fused=True
+        parameters,
+        work.learning_rate,
+        (settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     progress = checkpoint.restore(resume_from, model, optimizer) if resume_from else checkpoint.Progress()
     first_step, first_tokens = progress.step, progress.tokens
@@ -94,7 +100,9 @@ def run_loop(work: Work, metrics: MetricsWriter, line: ProgressLine, resume_from
         for step, rows in _steps(work, first_step, total):
             rate = learning_rate(step, total, work.learning_rate, settings.warmup_ratio, settings.schedule)
             step_began = time.monotonic()
-            loss, grad_norm, tokens, warning = _optimizer_step(work, optimizer, parameters, guard, step, rows, rate)
+            loss, grad_norm, tokens, warning = _optimizer_step(
+                work, optimizer, parameters, guard, step, rows, rate
+            )
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
             if warning is not None:
                 line.note(warning)
@@ -127,7 +135,11 @@ def run_loop(work: Work, metrics: MetricsWriter, line: ProgressLine, resume_from
                 _evaluate(work, progress, metrics, line)
                 checkpoint.save(work.folder, model, optimizer, progress)
                 patience = settings.early_stop_patience
-                if patience is not None and progress.evaluations_since_best >= patience and progress.step < total:
+                if (
+                    patience is not None
+                    and progress.evaluations_since_best >= patience
+                    and progress.step < total
+                ):
                     stopped = "early"
                     break
     seconds = time.monotonic() - began
@@ -195,7 +207,11 @@ def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter,
     _train_mode(work.model)
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
-        progress.best_loss, progress.best_step, progress.evaluations_since_best = result.loss, progress.step, 0
+        progress.best_loss, progress.best_step, progress.evaluations_since_best = (
+            result.loss,
+            progress.step,
+            0,
+        )
         checkpoint.save_best(work.folder, work.model)
     else:
         progress.evaluations_since_best += 1
@@ -206,7 +222,9 @@ def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter,
 def _train_mode(model: nn.Module) -> None:
     """Training mode, with dropout in adapters only: the frozen base's own dropout is not keyed."""
     model.train()
-    adapter_dropouts = {id(d) for m in model.modules() if isinstance(m, LoraLinear) for d in m.lora_dropout.values()}
+    adapter_dropouts = {
+        id(d) for m in model.modules() if isinstance(m, LoraLinear) for d in m.lora_dropout.values()
+    }
     for module in model.modules():
         if isinstance(module, nn.Dropout) and id(module) not in adapter_dropouts:
             module.eval()

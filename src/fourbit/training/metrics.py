@@ -44,7 +44,11 @@ def truncate_after(folder: Path, step: int) -> None:
     for name in ("metrics.jsonl", "timing.jsonl"):
         path = folder / name
         if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+            lines = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if json.loads(line)["step"] <= step
+            ]
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -52,5 +56,7 @@ def _open_tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError("train.tensorboard: TensorBoard is not installed; pip install tensorboard, or set it to false") from None
+        raise ConfigError(
+            "train.tensorboard: TensorBoard is not installed; pip install tensorboard, or set it to false"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"))

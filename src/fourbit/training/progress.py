@@ -42,7 +42,11 @@ class ProgressLine:
         self._task: TaskID | None = None
         self._printed = time.monotonic()
         if console.is_terminal:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=20), TextColumn("{task.description}"))
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+            )
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("", total=total, completed=done)
 
@@ -60,7 +64,9 @@ class ProgressLine:
             self._bar.update(self._task, completed=view.step, description=view.text())
         elif time.monotonic() - self._printed >= _PLAIN_EVERY_SECONDS or view.step in (1, self._total):
             self._printed = time.monotonic()
-            self._console.print(f"step {view.step}/{view.total}  {view.text()}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"step {view.step}/{view.total}  {view.text()}", highlight=False, soft_wrap=True
+            )
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)

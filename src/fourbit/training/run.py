@@ -1,8 +1,8 @@
 """A run: from settings to a folder with metrics, checkpoints, and the adapter a user keeps.
 
-    config.yaml      the resolved settings        summary.json   what came out, in one place
-    metrics.jsonl    what the settings determine  timing.jsonl   what the clock says
-    checkpoints/     for resuming                 adapter/       the best, in PEFT's format
+config.yaml      the resolved settings        summary.json   what came out, in one place
+metrics.jsonl    what the settings determine  timing.jsonl   what the clock says
+checkpoints/     for resuming                 adapter/       the best, in PEFT's format
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourbit.config import DataSettings, RunConfig, TrainSettings, dump_config, learning_rate_for, load_config, resolve
+from fourbit.config import (
+    DataSettings,
+    RunConfig,
+    TrainSettings,
+    dump_config,
+    learning_rate_for,
+    load_config,
+    resolve,
+)
 from fourbit.data.encode import Encoded, encode, sample, split
 from fourbit.data.read import read_rows
 from fourbit.errors import ConfigError, DataError, nearest
@@ -70,7 +78,12 @@ def train(
 
     Raises ConfigError, DataError or TrainingError in one line.
     """
-    tree: dict[str, Any] = {"model": {"path": _name_of(model)}, "data": {}, "train": {}, "output": os.fspath(output)}
+    tree: dict[str, Any] = {
+        "model": {"path": _name_of(model)},
+        "data": {},
+        "train": {},
+        "output": os.fspath(output),
+    }
     tree["data"]["train"] = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
     for key, value in settings.items():
         section = next((name for name, kind in _SECTIONS.items() if key in kind.model_fields), None)
@@ -78,14 +91,14 @@ def train(
             known = [field for kind in _SECTIONS.values() for field in kind.model_fields]
             raise ConfigError(f"fourbit.train: unknown setting '{key}'{nearest(key, known)}")
         tree[section][key] = value
-    return _fit(model, tokenizer, resolve(tree, "fourbit.train"), console or Console(), resume, overwrite)
+    return fit(model, tokenizer, resolve(tree, "fourbit.train"), console or Console(), resume, overwrite)
 
 
 def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say."""
     _check_folder(Path(config.output), resume, overwrite)
     model, tokenizer = prepare_model(config, console)
-    return _fit(model, tokenizer, config, console, resume, overwrite)
+    return fit(model, tokenizer, config, console, resume, overwrite)
 
 
 def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
@@ -95,7 +108,9 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
     encoded, examples, heldout = prepare_data(config, tokenizer, console)
     trainable, total = parameter_counts(model)
     steps = steps_in_run(len(examples), config.train)
-    console.print(f"would train {len(examples):,} rows in {steps:,} steps; nothing was written", highlight=False)
+    console.print(
+        f"would train {len(examples):,} rows in {steps:,} steps; nothing was written", highlight=False
+    )
     return {
         "config": config.model_dump(mode="json"),
         "rows": encoded.rows,
@@ -110,7 +125,9 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
     }
 
 
-def prepare_model(config: RunConfig, console: Console) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def prepare_model(
+    config: RunConfig, console: Console
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The base as configured, with a fresh adapter, or all of it trainable under `lora: none`."""
     settings = config.model
     full = config.lora is None
@@ -127,14 +144,18 @@ def prepare_model(config: RunConfig, console: Console) -> tuple[PreTrainedModel 
     )
     report = base.fourbit_report
     console.print(report.line(), highlight=False, soft_wrap=True)
-    console.print(f"compute dtype {_short(report.rest_dtype)}: {report.compute_reason}", highlight=False, soft_wrap=True)
+    console.print(
+        f"compute dtype {_short(report.rest_dtype)}: {report.compute_reason}", highlight=False, soft_wrap=True
+    )
     model: PreTrainedModel | PeftModel = base
     if config.lora is None:
         base.requires_grad_(True)
     else:
         model = add_lora(base, **config.lora.model_dump(), seed=config.train.seed)
     trainable, total = parameter_counts(model)
-    console.print(f"trainable: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)", highlight=False)
+    console.print(
+        f"trainable: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)", highlight=False
+    )
     return model, tokenizer
 
 
@@ -156,14 +177,15 @@ def prepare_data(
     return encoded, examples, heldout
 
 
-def _fit(
+def fit(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     console: Console,
-    resume: bool,
-    overwrite: bool,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> RunResult:
+    """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best."""
     folder = Path(config.output)
     _check_folder(folder, resume, overwrite)
     if not any(p.requires_grad for p in model.parameters()):
@@ -188,8 +210,13 @@ def _fit(
             outcome = run_loop(work, metrics, line, resume_from)
     finally:
         metrics.close()
+    if 0 < outcome.progress.best_step < outcome.progress.step and outcome.stopped != "interrupted":
+        checkpoint.load_weights(folder / checkpoint.ADAPTER, model)
+    model.eval()
     if not isinstance(model, PeftModel) and outcome.progress.best_step:
-        tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))  # a whole model is loaded with its tokenizer
+        tokenizer.save_pretrained(
+            str(folder / checkpoint.ADAPTER)
+        )  # a whole model is loaded with its tokenizer
     summary = _summary(model, work, outcome)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
@@ -218,7 +245,9 @@ def _work(
     )
 
 
-def _autocast_dtype(model: PreTrainedModel | PeftModel, config: RunConfig, device: torch.device) -> torch.dtype | None:
+def _autocast_dtype(
+    model: PreTrainedModel | PeftModel, config: RunConfig, device: torch.device
+) -> torch.dtype | None:
     """The compute dtype where trained weights beside LoRA's are fp32, so that products still run in 16 bits."""
     only_lora = all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     dtype = choose_compute_dtype(config.model.compute_dtype, choose_device(str(device))).dtype
@@ -227,7 +256,9 @@ def _autocast_dtype(model: PreTrainedModel | PeftModel, config: RunConfig, devic
 
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     if (folder / "metrics.jsonl").exists() and not resume and not overwrite:
-        raise ConfigError(f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, --output names another")
+        raise ConfigError(
+            f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, --output names another"
+        )
     if resume and checkpoint.newest(folder) is None:
         raise ConfigError(f"{folder}: no checkpoint to resume from")
 
@@ -245,7 +276,9 @@ def _prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bo
         stored = load_config(folder / "config.yaml")
         changed = _differences(stored, config)
         if changed:
-            raise ConfigError(f"{folder}: cannot resume, {changed[0]} differs from the run's; restore it, or start a new run")
+            raise ConfigError(
+                f"{folder}: cannot resume, {changed[0]} differs from the run's; restore it, or start a new run"
+            )
         truncate_after(folder, checkpoint.read_progress(newest).step)
         return newest
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -289,4 +322,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_SECTIONS: dict[str, type[TrainSettings] | type[DataSettings]] = {"train": TrainSettings, "data": DataSettings}
+_SECTIONS: dict[str, type[TrainSettings] | type[DataSettings]] = {
+    "train": TrainSettings,
+    "data": DataSettings,
+}

@@ -52,8 +52,14 @@ def convert_names(tensors: dict[str, LazyTensor], where: str) -> tuple[dict[str,
     """
     states = {key.split(_MARK)[0]: key for key in tensors if _MARK in key}
     if not states:
-        raise ModelError(f"{where}: announces bitsandbytes 4-bit weights but holds no quant_state; is it complete?")
-    result = {k: t for k, t in tensors.items() if not any(k == w or k.startswith(w + ".") for w in (_owner(k),) if w in states)}
+        raise ModelError(
+            f"{where}: announces bitsandbytes 4-bit weights but holds no quant_state; is it complete?"
+        )
+    result = {
+        k: t
+        for k, t in tensors.items()
+        if not any(k == w or k.startswith(w + ".") for w in (_owner(k),) if w in states)
+    }
     schemes: dict[tuple[str, int, bool], str] = {}
     for weight, key in states.items():
         state = _parse_state(tensors[key].read(), where, weight)
@@ -62,7 +68,9 @@ def convert_names(tensors: dict[str, LazyTensor], where: str) -> tuple[dict[str,
         result |= _convert_one(tensors, weight, state, nested, where)
     if len(schemes) > 1:
         (first, one), (second, other) = list(schemes.items())[:2]
-        raise ModelError(f"{where}: '{one}' is {first} and '{other}' is {second}; mixed 4-bit schemes are not supported")
+        raise ModelError(
+            f"{where}: '{one}' is {first} and '{other}' is {second}; mixed 4-bit schemes are not supported"
+        )
     quant_type, block_size, nested = next(iter(schemes))
     modules = frozenset(weight.removesuffix(".weight") for weight in states)
     return result, BnbScheme(quant_type, block_size, nested, modules)
@@ -83,17 +91,27 @@ def to_bnb(prefix: str, q: QuantizedTensor) -> dict[str, Tensor]:
         "dtype": str(q.dtype).removeprefix("torch."),
         "shape": list(q.shape),
     }
-    parts = {prefix: q.codes.reshape(-1, 1), f"{prefix}.absmax": q.absmax, f"{prefix}.quant_map": codebook(q.quant_type)}
+    parts = {
+        prefix: q.codes.reshape(-1, 1),
+        f"{prefix}.absmax": q.absmax,
+        f"{prefix}.quant_map": codebook(q.quant_type),
+    }
     if q.nested_absmax is not None and q.offset is not None:
         parts[f"{prefix}.nested_absmax"] = q.nested_absmax
         parts[f"{prefix}.nested_quant_map"] = dynamic_map()
-        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": q.offset.item()}
+        state |= {
+            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": q.offset.item(),
+        }
     text = json.dumps(state).encode("utf-8")
     parts[f"{prefix}{_MARK}{q.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
     return {name: part.clone() if "quant_map" in name else part.contiguous() for name, part in parts.items()}
 
 
-def bnb_config(quant_type: str, double_quant: bool, compute_dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+def bnb_config(
+    quant_type: str, double_quant: bool, compute_dtype: torch.dtype, skipped: list[str]
+) -> dict[str, Any]:
     """The `quantization_config` that makes transformers load the checkpoint with bitsandbytes."""
     return {
         "quant_method": "bitsandbytes",
@@ -135,10 +153,13 @@ def _convert_one(
     if nested:
         second = part(".nested_absmax")
         if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
-            raise ModelError(f"{where}: '{weight}' has nested blocks of {state['nested_blocksize']}, not {NESTED_BLOCK_SIZE}")
+            raise ModelError(
+                f"{where}: '{weight}' has nested blocks of {state['nested_blocksize']}, not {NESTED_BLOCK_SIZE}"
+            )
         offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
         result[f"{weight}_consts"] = LazyTensor(
-            lambda: torch.cat([second.read().to(torch.float32).reshape(-1), offset]).view(torch.uint8), torch.uint8
+            lambda: torch.cat([second.read().to(torch.float32).reshape(-1), offset]).view(torch.uint8),
+            torch.uint8,
         )
     return result
 

@@ -53,7 +53,9 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelError(
             f"{folder}: holds pickled weights (.bin), which can run code and are never loaded; convert them to safetensors first"
         )
-    raise ModelError(f"{folder}: no model.safetensors here; give a folder with safetensors weights, or a .gguf file")
+    raise ModelError(
+        f"{folder}: no model.safetensors here; give a folder with safetensors weights, or a .gguf file"
+    )
 
 
 def _open_file(file: Path) -> dict[str, LazyTensor]:

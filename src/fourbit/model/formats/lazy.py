@@ -38,7 +38,9 @@ class OriginalTensor:
     def __getitem__(self, index: object) -> OriginalTensor:
         return self
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> OriginalTensor:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> OriginalTensor:
         if device is None or torch.device(device).type == "cpu":
             return self
         moved = self.source.read().to(device)
