@@ -26,6 +26,24 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     native.set_isa(before)
 
 
+@pytest.fixture(params=IMPLEMENTATIONS[1:])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Let native code run one instruction set."""
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Let torch, and with it native code, use a number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -153,8 +153,8 @@ def quantize_4bit(w: Tensor, thresholds: Tensor, order: Tensor, block_size: int)
     holds a NaN or an infinity is not finite, and its codes mean nothing.
     """
     n = w.numel()
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
     status = _library().fb_quantize_4bit(
         w.data_ptr(),
         _DTYPES[w.dtype],
@@ -206,9 +206,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns codes8 uint8 [b], nested_absmax fp32 [ceil(b / 256)] and offset fp32 [].
     """
     blocks = absmax.numel()
-    codes8 = torch.empty(blocks, dtype=torch.uint8)
-    nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
-    offset = torch.empty((), dtype=torch.float32)
+    codes8 = torch.empty(blocks, dtype=torch.uint8, device="cpu")
+    nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device="cpu")
+    offset = torch.empty((), dtype=torch.float32, device="cpu")
     status = _library().fb_quantize_absmax(
         absmax.data_ptr(),
         blocks,
@@ -225,7 +225,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_absmax(codes8: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     """Restore absmax fp32 [b] from double quantization."""
     codes8, nested_absmax = codes8.contiguous(), nested_absmax.contiguous()
-    absmax = torch.empty(codes8.numel(), dtype=torch.float32)
+    absmax = torch.empty(codes8.numel(), dtype=torch.float32, device="cpu")
     status = _library().fb_dequantize_absmax(
         codes8.data_ptr(),
         nested_absmax.data_ptr(),
@@ -257,7 +257,7 @@ def linear_4bit(
     the other rows.
     """
     codes, absmax = codes.contiguous(), absmax.contiguous()
-    y = x.new_empty(x.shape[0], out_features)
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device="cpu")
     status = _library().fb_linear_4bit(
         x.data_ptr(),
         _DTYPES[x.dtype],
