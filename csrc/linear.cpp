@@ -15,7 +15,7 @@ namespace {
 // Weight rows per task, and rows of x multiplied at a time: bounds of the stack buffers below.
 constexpr int64_t TASK_ROWS = 16, TILE_M = 16;
 // Multiply-adds below which waking other threads costs more than they save.
-constexpr int64_t SERIAL_WORK = 1 << 18;
+constexpr int64_t SERIAL_WORK = 1 << 19;
 
 // Floats that hold a prepared row of x.
 int64_t prepared_size(int64_t K) { return ceil_div(K, 128) * 128; }

@@ -35,7 +35,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(before)
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Let torch, and with it native code, use a number of threads."""
     before = torch.get_num_threads()
