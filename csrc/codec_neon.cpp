@@ -104,9 +104,9 @@ void dequantize_half(const uint8_t* codes, const float* absmax, int64_t blocks, 
         for (int64_t i = start; i < start + block_size; i += 32) {
             const uint8x16_t byte = vld1q_u8(codes + i / 2);
             const uint8x16_t even = vshrq_n_u8(byte, 4), odd = vandq_u8(byte, vdupq_n_u8(15));
-            vst4q_u8(reinterpret_cast<uint8_t*>(out + i),
-                     {{vqtbl1q_u8(table.val[0], even), vqtbl1q_u8(table.val[1], even),
-                       vqtbl1q_u8(table.val[0], odd), vqtbl1q_u8(table.val[1], odd)}});
+            const uint8x16x4_t bytes = {{vqtbl1q_u8(table.val[0], even), vqtbl1q_u8(table.val[1], even),
+                                         vqtbl1q_u8(table.val[0], odd), vqtbl1q_u8(table.val[1], odd)}};
+            vst4q_u8(reinterpret_cast<uint8_t*>(out + i), bytes);
         }
     }
 }
