@@ -5,8 +5,8 @@
 #   VENV=path           where it lies; an existing one is used, and a torch in it that is new enough is kept
 #   PYTEST_ARGS=...     more arguments for pytest, such as "-k codec"
 #
-# Which build of torch comes is up to pip's settings; for the CPU build of Linux:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# Which build of torch comes is up to pip's settings. For the CPU build on Linux set
+# PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names.
 
 PYTHON ?= python3
 VENV ?= .venv

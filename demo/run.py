@@ -32,6 +32,7 @@ from fourbit.data.row import Row
 from fourbit.errors import FourBitError, ModelError
 from fourbit.evaluate.task import EvalResult, evaluate
 from fourbit.memory.measure import peak_resident_bytes
+from fourbit.model.load import load_report
 from fourbit.training.run import fit, prepare_model
 
 HERE = Path(__file__).resolve().parent
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     figures = {
         "base": base.to_dict(),
         "tuned": tuned.to_dict(),
-        "bits_per_weight": model.get_base_model().fourbit_report.bits_per_weight,
+        "bits_per_weight": load_report(model).bits_per_weight,
         "peak_resident_bytes": peak_resident_bytes(),
         "tokens_per_second": result.metrics["tokens_per_second"],
         "seconds": round(time.monotonic() - began, 1),
@@ -148,7 +149,8 @@ def report(base: EvalResult, tuned: EvalResult, figures: dict[str, Any], console
         console.print(f"  adapter  {after.answer!r}", highlight=False, markup=False)
     console.print(
         f"\n{figures['bits_per_weight']:.3f} bits per weight, peak resident memory "
-        f"{figures['peak_resident_bytes'] / 1e9:.2f} GB, {figures['tokens_per_second']:,.0f} tokens/s while training, "
+        f"{figures['peak_resident_bytes'] / 1e9:.2f} GB, "
+        f"{figures['tokens_per_second']:,.0f} tokens/s while training, "
         f"{figures['seconds'] / 60:.1f} minutes in all\nrun folder: {figures['folder']}\n"
         f"talk to it: fourbit chat {figures['folder']}",
         highlight=False,

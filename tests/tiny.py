@@ -23,7 +23,10 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>"]
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
     )
     if chat:
         tokenizer.chat_template = CHATML
@@ -49,7 +52,9 @@ def llama(tied: bool = True, layers: int = 2, hidden: int = 64, seed: int = 0) -
     return LlamaForCausalLM(config)
 
 
-def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, shards: bool = False, tied: bool = True) -> Path:
+def save_llama(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, shards: bool = False, tied: bool = True
+) -> Path:
     """A model folder as Hugging Face writes it."""
     model = llama(tied=tied).to(dtype)
     model.save_pretrained(str(folder), **({"max_shard_size": "50KB"} if shards else {}))

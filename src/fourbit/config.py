@@ -64,7 +64,9 @@ class ModelSettings(_Settings):
         default="nf4", description="nf4, fp4, int4, or none (16-bit base, for plain LoRA or full fine-tuning)"
     )
     block_size: int = Field(default=64, description="weights per scale (QLoRA section 3: 64)")
-    double_quant: bool = Field(default=True, description="quantize the scales too (0.127 instead of 0.5 bits)")
+    double_quant: bool = Field(
+        default=True, description="quantize the scales too (0.127 instead of 0.5 bits)"
+    )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="dtype of matrix products; auto takes the faster of bfloat16 and float32"
     )
@@ -74,7 +76,9 @@ class ModelSettings(_Settings):
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
         if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size is {self.block_size}, must be one of {', '.join(map(str, BLOCK_SIZES))}")
+            raise ValueError(
+                f"block_size is {self.block_size}, must be one of {', '.join(map(str, BLOCK_SIZES))}"
+            )
         return self
 
 
@@ -83,29 +87,50 @@ class LoraSettings(_Settings):
 
     r: int = Field(default=16, ge=1, description="rank; 8 to 16 for small models, 64 to 128 above 30B")
     alpha: float = Field(default=32, gt=0, description="the adapter's output is scaled by alpha / r")
-    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the adapter's input (QLoRA: 0.05)")
+    dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="dropout on the adapter's input (QLoRA: 0.05)"
+    )
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear", description="all-linear, attention, or a list of layer-name endings or patterns"
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead (arXiv:2312.03732)")
-    modules_to_save: Strings = Field(default=(), description="16-bit modules trained in full beside the adapter")
+    modules_to_save: Strings = Field(
+        default=(), description="16-bit modules trained in full beside the adapter"
+    )
 
 
 class DataSettings(_Settings):
     """What is trained on, and which tokens carry loss."""
 
-    train: Strings = Field(description="file, list of files (.jsonl .json .csv .parquet .txt) or `datasets` folder")
-    heldout: Strings = Field(default=(), description="files to evaluate on; empty splits them off the training rows")
-    heldout_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of rows split off when heldout is empty")
-    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = Field(
-        default="auto", description="messages, prompt_completion, instruction, text, or auto (by column names)"
+    train: Strings = Field(
+        description="file, list of files (.jsonl .json .csv .parquet .txt) or `datasets` folder"
     )
-    prompt: str | None = Field(default=None, description='template of the prompt over columns, such as "{text}"')
-    completion: str | None = Field(default=None, description='template of the answer over columns, such as "{label}"')
+    heldout: Strings = Field(
+        default=(), description="files to evaluate on; empty splits them off the training rows"
+    )
+    heldout_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="share of rows split off when heldout is empty"
+    )
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = Field(
+        default="auto",
+        description="messages, prompt_completion, instruction, text, or auto (by column names)",
+    )
+    prompt: str | None = Field(
+        default=None, description='template of the prompt over columns, such as "{text}"'
+    )
+    completion: str | None = Field(
+        default=None, description='template of the answer over columns, such as "{label}"'
+    )
     system: str | None = Field(default=None, description="system message put before every conversation")
-    loss: Literal["completions", "all"] = Field(default="completions", description="train on answers only, or on all tokens")
-    max_length: int = Field(default=1024, ge=8, description="tokens; longer rows are dropped and counted, plain text is chunked")
-    max_rows: int | None = Field(default=None, ge=1, description="use only so many training rows, drawn by seed")
+    loss: Literal["completions", "all"] = Field(
+        default="completions", description="train on answers only, or on all tokens"
+    )
+    max_length: int = Field(
+        default=1024, ge=8, description="tokens; longer rows are dropped and counted, plain text is chunked"
+    )
+    max_rows: int | None = Field(
+        default=None, ge=1, description="use only so many training rows, drawn by seed"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
@@ -118,19 +143,33 @@ class TrainSettings(_Settings):
     """The loop (QLoRA appendix B unless said otherwise)."""
 
     epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
-    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps, whatever epochs says")
-    learning_rate: float | Literal["auto"] = Field(default="auto", description="auto: 2e-4, and 1e-4 from 33B (QLoRA table 9)")
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="constant, linear or cosine, after warmup")
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of steps that ramp the learning rate up")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="stop after so many optimizer steps, whatever epochs says"
+    )
+    learning_rate: float | Literal["auto"] = Field(
+        default="auto", description="auto: 2e-4, and 1e-4 from 33B (QLoRA table 9)"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="constant, linear or cosine, after warmup"
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="share of steps that ramp the learning rate up"
+    )
     effective_batch: int = Field(default=16, ge=1, description="rows per optimizer step")
-    micro_batch: int = Field(default=4, ge=1, description="rows computed at once; changes memory and speed, not the result")
+    micro_batch: int = Field(
+        default=4, ge=1, description="rows computed at once; changes memory and speed, not the result"
+    )
     max_grad_norm: float = Field(default=0.3, gt=0, description="gradient clipping (QLoRA: 0.3)")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the variance (QLoRA: 0.999)")
-    activation_checkpointing: bool = Field(default=True, description="keep only layer inputs, recompute the rest")
+    activation_checkpointing: bool = Field(
+        default=True, description="keep only layer inputs, recompute the rest"
+    )
     group_by_length: bool = Field(default=True, description="batches of similar length, less padding (QLoRA)")
-    eval_every: int = Field(default=100, ge=1, description="optimizer steps between evaluations and checkpoints")
+    eval_every: int = Field(
+        default=100, ge=1, description="optimizer steps between evaluations and checkpoints"
+    )
     early_stop_patience: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better held-out loss"
     )
@@ -150,7 +189,8 @@ class RunConfig(_Settings):
 
     model: ModelSettings
     lora: Annotated[LoraSettings | None, BeforeValidator(_none_word)] = Field(
-        default=LoraSettings(), description="the adapter, or none for full fine-tuning (needs quant_type none)"
+        default=LoraSettings(),
+        description="the adapter, or none for full fine-tuning (needs quant_type none)",
     )
     data: DataSettings
     train: TrainSettings = TrainSettings()
@@ -160,7 +200,9 @@ class RunConfig(_Settings):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.lora is None and self.model.quant_type != "none":
-            raise ValueError("lora: none trains the base itself, which 4-bit weights cannot: set model.quant_type to none")
+            raise ValueError(
+                "lora: none trains the base itself, which 4-bit weights cannot: set model.quant_type to none"
+            )
         return self
 
 
@@ -198,7 +240,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; `fourbit init {path}` writes one to start from") from None
+        raise ConfigError(
+            f"{path}: no such config file; `fourbit init {path}` writes one to start from"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -209,7 +253,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections (model, lora, data, train), not a {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: a config is a mapping of sections (model, lora, data, train), "
+            f"not a {type(tree).__name__}"
+        )
     return tree
 
 
@@ -242,7 +289,11 @@ def _one_line(error: ValidationError, source: str) -> str:
     else:
         message = str(first["msg"]).removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        text = f"'{name}' = {first['input']!r}: {message}" if first["type"] != "value_error" else f"{name or 'config'}: {message}"
+        text = (
+            f"'{name}' = {first['input']!r}: {message}"
+            if first["type"] != "value_error"
+            else f"{name or 'config'}: {message}"
+        )
     more = f" (and {count - 1} more)" if count > 1 else ""
     return f"{source}: {text}{more}"
 
@@ -250,8 +301,12 @@ def _one_line(error: ValidationError, source: str) -> str:
 def section_class(path: list[str]) -> type[BaseModel] | None:
     """The settings class at a dotted path of sections, or None where there is none."""
     sections: dict[str, type[BaseModel]] = {
-        "model": ModelSettings, "lora": LoraSettings, "data": DataSettings, "train": TrainSettings, "eval": EvalSettings
-    }  # fmt: skip
+        "model": ModelSettings,
+        "lora": LoraSettings,
+        "data": DataSettings,
+        "train": TrainSettings,
+        "eval": EvalSettings,
+    }
     if not path:
         return RunConfig
     return sections.get(path[0]) if len(path) == 1 else None

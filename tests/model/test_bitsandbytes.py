@@ -19,7 +19,9 @@ SCHEMES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 def stock(path: Path, **options: object) -> PreTrainedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16, device_map={"": "cpu"}, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.bfloat16, device_map={"": "cpu"}, **options
+        )
 
 
 def stock_quantized(path: Path, quant_type: str, double_quant: bool) -> PreTrainedModel:
@@ -72,7 +74,9 @@ def test_a_checkpoint_made_by_bitsandbytes_loads_with_equal_bytes(
 
 
 @pytest.mark.parametrize(("quant_type", "double_quant"), SCHEMES)
-def test_what_fourbit_saves_loads_in_bitsandbytes(tmp_path: Path, quant_type: str, double_quant: bool) -> None:
+def test_what_fourbit_saves_loads_in_bitsandbytes(
+    tmp_path: Path, quant_type: str, double_quant: bool
+) -> None:
     source = save_llama(tmp_path / "source")
     ours, tokenizer = fourbit.load(
         source, quant_type=quant_type, double_quant=double_quant, compute_dtype="bfloat16"
@@ -89,7 +93,9 @@ def test_a_block_size_of_128_crosses_too(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(str(tmp_path / "source"))
     ours, tokenizer = fourbit.load(tmp_path / "source", block_size=128, compute_dtype="bfloat16")
     fourbit.save_quantized(ours, tokenizer, tmp_path / "saved")
-    torch.testing.assert_close(fp32_logits(ours), fp32_logits(stock(tmp_path / "saved")), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        fp32_logits(ours), fp32_logits(stock(tmp_path / "saved")), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_packed_bytes_stored_as_bfloat16_are_the_same_bytes(tmp_path: Path) -> None:
@@ -102,4 +108,3 @@ def test_packed_bytes_stored_as_bfloat16_are_the_same_bytes(tmp_path: Path) -> N
     ours, _ = fourbit.load(tmp_path / "bnb", compute_dtype="float32")
     plain, _ = fourbit.load(source, double_quant=False, compute_dtype="float32")
     assert torch.equal(ours.model.layers[0].mlp.up_proj.weight, plain.model.layers[0].mlp.up_proj.weight)
-

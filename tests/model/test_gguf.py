@@ -84,7 +84,9 @@ def test_the_peak_of_a_load_is_what_stays_plus_one_tensor_plus_300_mb(smollm2: P
         "model, _ = fourbit.load(sys.argv[1], compute_dtype='bfloat16')\n"
         "print(peak() - before, model.fourbit_report.weight_bytes)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True, check=True
+    )
     grown, stays = map(int, done.stdout.split())
     # The one tensor: the embedding, Q8_0 in the file, fp32 when read.
     assert grown <= stays + 49_152 * 576 * 4 + 300e6

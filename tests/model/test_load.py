@@ -43,7 +43,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_each_weight_is_quantized_from_its_stored_precision(tmp_path: Path, dtype: torch.dtype, shards: bool) -> None:
+def test_each_weight_is_quantized_from_its_stored_precision(
+    tmp_path: Path, dtype: torch.dtype, shards: bool
+) -> None:
     source = save_llama(tmp_path / "model", dtype, shards)
     original = llama().to(dtype)
     model, _ = fourbit.load(source, compute_dtype="float32")
@@ -113,7 +115,9 @@ def test_a_saved_checkpoint_comes_back_byte_for_byte(
 def test_int4_loads_but_is_refused_on_save(tmp_path: Path, folder: Path) -> None:
     model, tokenizer = fourbit.load(folder, quant_type="int4", compute_dtype="float32")
     assert logits(model).isfinite().all()
-    with pytest.raises(ModelError, match="int4 cannot be saved: a bitsandbytes checkpoint holds nf4 or fp4 only"):
+    with pytest.raises(
+        ModelError, match="int4 cannot be saved: a bitsandbytes checkpoint holds nf4 or fp4 only"
+    ):
         fourbit.save_quantized(model, tokenizer, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

@@ -8,7 +8,9 @@ from fourbit.nn.attention import LONGEST, NAME, ShortAttention, use_short_attent
 from tests.tiny import llama
 
 
-def run(implementation: str, dtype: torch.dtype, heads: int, length: int, additive: bool) -> list[torch.Tensor]:
+def run(
+    implementation: str, dtype: torch.dtype, heads: int, length: int, additive: bool
+) -> list[torch.Tensor]:
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(2, n, length, 16).to(torch.bfloat16).to(dtype).requires_grad_() for n in (heads, 2, 2)
@@ -39,7 +41,9 @@ def test_no_worse_against_fp64_than_torch(
     for name, true, own, other in zip(("output", "q", "k", "v"), truth, ours, torch_s, strict=True):
         own_error = (own.double() - true).norm() / true.norm()
         other_error = (other.double() - true).norm() / true.norm()
-        assert own_error <= other_error + epsilon, f"{name}: {own_error:.2e} against torch's {other_error:.2e}"
+        assert own_error <= other_error + epsilon, (
+            f"{name}: {own_error:.2e} against torch's {other_error:.2e}"
+        )
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -153,7 +153,9 @@ def test_masked_gradients_against_fp64() -> None:
     exact_x = torch.ones(40, 48).double() @ weight + 2.0 * (torch.ones(40, 48).double() @ b @ a) * mask
     torch.testing.assert_close(x.grad.double(), exact_x.detach(), rtol=1e-5, atol=1e-5)
     exact_a = 2.0 * (torch.ones(40, 48).double() @ b).T @ (x.detach().double() * mask)
-    torch.testing.assert_close(layer.lora_A["default"].weight.grad.double(), exact_a.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer.lora_A["default"].weight.grad.double(), exact_a.detach(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -221,7 +223,9 @@ def test_targets(base: torch.nn.Module, targets: str | list[str], expected: int)
 
 
 def test_targets_that_match_nothing(base: torch.nn.Module) -> None:
-    with pytest.raises(ConfigError, match=r"'q_prj' matches no layer \(did you mean 'q_proj'\?\); linear layers end in"):
+    with pytest.raises(
+        ConfigError, match=r"'q_prj' matches no layer \(did you mean 'q_proj'\?\); linear layers end in"
+    ):
         fourbit.add_lora(base, target_modules=["q_prj"])
 
 

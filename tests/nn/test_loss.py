@@ -67,13 +67,17 @@ def test_ignored_labels_cost_nothing_and_count_nothing() -> None:
     total, count = linear_cross_entropy(hidden, weight, labels)
     total.backward()
     assert count == 2
-    assert total.item() == pytest.approx(F.cross_entropy(hidden @ weight.T, labels, reduction="sum").item(), rel=1e-5)
+    assert total.item() == pytest.approx(
+        F.cross_entropy(hidden @ weight.T, labels, reduction="sum").item(), rel=1e-5
+    )
     assert hidden.grad[[1, 3, 4]].abs().max() == 0
 
 
 def test_no_label_at_all_gives_zero_and_still_differentiates() -> None:
     hidden = torch.randn(0, 8, requires_grad=True)
-    total, count = head_loss(hidden, Head(torch.nn.Linear(8, 11, bias=False)), torch.empty(0, dtype=torch.int64))
+    total, count = head_loss(
+        hidden, Head(torch.nn.Linear(8, 11, bias=False)), torch.empty(0, dtype=torch.int64)
+    )
     total.backward()
     assert (total.item(), count) == (0.0, 0)
 

@@ -44,6 +44,12 @@ def settings(tmp_path: Path, data: Path) -> Any:
             "output": str(tmp_path / "run"),
         }
         base |= {key.replace("__", "."): value for key, value in changes.items()}
-        return load_config(None, [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in base.items()])
+        return load_config(
+            None,
+            [
+                f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
+                for key, value in base.items()
+            ],
+        )
 
     return make

@@ -54,18 +54,36 @@ def test_a_run_learns_and_leaves_everything_behind(settings: Any) -> None:
     steps = [line for line in lines(config.output) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert steps[-1]["loss"] < 0.88 * steps[0]["loss"]
-    assert result.metrics["heldout_loss"] == min(line["heldout_loss"] for line in lines(config.output) if "heldout_loss" in line)
+    assert result.metrics["heldout_loss"] == min(
+        line["heldout_loss"] for line in lines(config.output) if "heldout_loss" in line
+    )
     names = {path.name for path in Path(config.output).iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "timing.jsonl", "summary.json", "checkpoints", "adapter"}
-    assert {path.name for path in (Path(config.output) / "checkpoints").iterdir()} == {"step-000040", "step-000060"}
-    assert set(lines(config.output, "timing.jsonl")[0]) == {"step", "seconds", "tokens_per_second", "peak_bytes"}
+    assert {path.name for path in (Path(config.output) / "checkpoints").iterdir()} == {
+        "step-000040",
+        "step-000060",
+    }
+    assert set(lines(config.output, "timing.jsonl")[0]) == {
+        "step",
+        "seconds",
+        "tokens_per_second",
+        "peak_bytes",
+    }
 
 
 def test_the_base_is_untouched(settings: Any) -> None:
     config = settings()
     model, tokenizer = training.prepare_model(config, quiet())
     before = base_hash(model)
-    training.train(model, tokenizer, config.data.train[0], output=config.output, max_steps=3, learning_rate=0.01, console=quiet())
+    training.train(
+        model,
+        tokenizer,
+        config.data.train[0],
+        output=config.output,
+        max_steps=3,
+        learning_rate=0.01,
+        console=quiet(),
+    )
     assert base_hash(model) == before
 
 
@@ -76,8 +94,13 @@ def test_the_same_run_twice_gives_the_same_bytes(settings: Any, tmp_path: Path) 
     assert_equal(adapter_of(str(tmp_path / "one")), adapter_of(str(tmp_path / "two")))
 
 
-@pytest.mark.parametrize("changes", [{"train__micro_batch": 1}, {"train__micro_batch": 8}, {"train__activation_checkpointing": False}])
-def test_micro_batch_and_checkpointing_change_no_result(settings: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"train__micro_batch": 1}, {"train__micro_batch": 8}, {"train__activation_checkpointing": False}],
+)
+def test_micro_batch_and_checkpointing_change_no_result(
+    settings: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     training.run(settings(output=str(tmp_path / "one"), lora__dropout=0.2), quiet())
     training.run(settings(output=str(tmp_path / "two"), lora__dropout=0.2, **changes), quiet())
     for first, second in zip(lines(str(tmp_path / "one")), lines(str(tmp_path / "two")), strict=True):
@@ -85,7 +108,9 @@ def test_micro_batch_and_checkpointing_change_no_result(settings: Any, tmp_path:
             assert second[key] == pytest.approx(value, rel=2e-4), key
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training.run(settings(output=str(tmp_path / "whole")), quiet())
     config = settings(output=str(tmp_path / "parts"))
     real, calls = loop._optimizer_step, []
@@ -139,7 +164,9 @@ def test_the_best_adapter_is_kept_and_a_plateau_stops(settings: Any, monkeypatch
     saved = []
     monkeypatch.setattr(loop, "heldout_loss", lambda *_: Result())
     real = loop.checkpoint.save_best
-    monkeypatch.setattr(loop.checkpoint, "save_best", lambda folder, model: (saved.append(1), real(folder, model)))
+    monkeypatch.setattr(
+        loop.checkpoint, "save_best", lambda folder, model: (saved.append(1), real(folder, model))
+    )
     config = settings(train__max_steps=10, train__eval_every=1, train__early_stop_patience=2)
     result = training.run(config, quiet())
     assert result.stopped == "early"
@@ -150,7 +177,10 @@ def test_the_best_adapter_is_kept_and_a_plateau_stops(settings: Any, monkeypatch
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model__quant_type": "none"}, {"model__quant_type": "none", "lora": "none", "train__learning_rate": 0.003}],
+    [
+        {"model__quant_type": "none"},
+        {"model__quant_type": "none", "lora": "none", "train__learning_rate": 0.003},
+    ],
 )
 def test_plain_lora_and_full_fine_tuning_run_in_the_same_loop(settings: Any, changes: dict[str, Any]) -> None:
     config = settings(**{"train__max_steps": 40, "train__eval_every": 40, **changes})
@@ -176,7 +206,9 @@ def test_bf16_learns_too(settings: Any) -> None:
     assert steps[-1]["loss"] < 0.88 * steps[0]["loss"]
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_named(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_named(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = loop.causal_lm_loss, []
 
     def broken(model: Any, batch: Any) -> Any:
@@ -195,7 +227,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(settings: Any, monkeypat
 def test_three_steps_in_a_row_stop_the_run(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.causal_lm_loss
     monkeypatch.setattr(loop, "causal_lm_loss", lambda m, b: (real(m, b)[0] * float("inf"), 1))
-    with pytest.raises(TrainingError, match=r"step 3: loss is not finite, the third step in a row \(rows .*lower train\.learning_rate"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 3: loss is not finite, the third step in a row \(rows .*lower train\.learning_rate",
+    ):
         training.run(settings(), quiet())
 
 
@@ -216,7 +251,9 @@ def test_tensorboard_gets_the_curves(settings: Any) -> None:
     training.run(config, quiet())
     events = EventAccumulator(str(Path(config.output) / "tensorboard"))
     events.Reload()
-    assert {"loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(events.Tags()["scalars"])
+    assert {"loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(
+        events.Tags()["scalars"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # stock PEFT's
@@ -225,15 +262,29 @@ def test_the_python_surface(settings: Any, tmp_path: Path) -> None:
     model, tokenizer = fourbit.load(config.model.path, compute_dtype="float32")
     model = fourbit.add_lora(model, r=4)
     result = fourbit.train(
-        model, tokenizer, config.data.train[0], output=tmp_path / "api", max_steps=2, max_length=64, console=quiet()
+        model,
+        tokenizer,
+        config.data.train[0],
+        output=tmp_path / "api",
+        max_steps=2,
+        max_length=64,
+        console=quiet(),
     )
     assert result.adapter.is_dir()
     fresh, _ = fourbit.load(config.model.path, compute_dtype="float32")
     assert isinstance(PeftModel.from_pretrained(fresh, str(result.adapter)), PeftModel)
-    with pytest.raises(ConfigError, match=r"fourbit\.train: unknown setting 'epoch' \(did you mean 'epochs'\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"fourbit\.train: unknown setting 'epoch' \(did you mean 'epochs'\?\)"
+    ):
         fourbit.train(model, tokenizer, config.data.train[0], output=tmp_path / "x", epoch=2, console=quiet())
     with pytest.raises(ConfigError, match="nothing in this model is trainable"):
-        fourbit.train(fourbit.load(config.model.path)[0], tokenizer, config.data.train[0], output=tmp_path / "x", console=quiet())
+        fourbit.train(
+            fourbit.load(config.model.path)[0],
+            tokenizer,
+            config.data.train[0],
+            output=tmp_path / "x",
+            console=quiet(),
+        )
 
 
 def test_a_dry_run_writes_nothing(settings: Any) -> None:

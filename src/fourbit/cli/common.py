@@ -18,21 +18,32 @@ SHORTCUTS = {"model": "model.path", "data": "data.train", "output": "output"}
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG.yaml, --model, --data, --output, --set, --json."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings; `fourbit init` writes one")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="settings; `fourbit init` writes one"
+    )
     parser.add_argument("--model", help="base model: a folder, a hub name or a .gguf file")
     parser.add_argument("--data", help="training data: a file or a `datasets` folder")
     parser.add_argument("--output", help="the run folder")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one setting, such as lora.r=32"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one setting, such as lora.r=32",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, progress on standard error")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON, progress on standard error"
+    )
 
 
 def read_settings(args: argparse.Namespace) -> RunConfig:
     """The settings that the arguments of `add_config_arguments` describe."""
     if args.config is None and (args.model is None or args.data is None):
         raise ConfigError("give a config file, or --model and --data")
-    shortcuts = [f"{key}={json.dumps(getattr(args, name))}" for name, key in SHORTCUTS.items() if getattr(args, name)]
+    shortcuts = [
+        f"{key}={json.dumps(getattr(args, name))}" for name, key in SHORTCUTS.items() if getattr(args, name)
+    ]
     return load_config(args.config, [*shortcuts, *args.overrides])
 
 
@@ -42,6 +53,7 @@ def console(json_output: bool = False) -> Console:
 
 
 def print_json(value: Any) -> None:
+    """A result for machines, on standard output."""
     print(json.dumps(value, indent=2, default=str))
 
 

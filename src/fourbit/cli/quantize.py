@@ -23,7 +23,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("output", help="the folder to write")
     parser.add_argument("--quant-type", choices=("nf4", "fp4", "int4"), default="nf4")
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=64)
-    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits per weight)")
+    parser.add_argument(
+        "--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits per weight)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.overwrite:
         raise ConfigError(f"{output}: exists and is not empty; choose another folder, or --overwrite")
-    from fourbit.model.load import load
+    from fourbit.model.load import load, load_report
     from fourbit.model.save import check_savable, save_quantized
 
     check_savable(args.quant_type)
@@ -49,11 +51,22 @@ def run(args: argparse.Namespace) -> int:
         device="cpu",
         revision=args.revision,
     )
-    report = model.fourbit_report
+    report = load_report(model)
     out.print(report.line(), highlight=False, soft_wrap=True)
     size = save_quantized(model, tokenizer, output)
     if args.json:
-        print_json({"folder": str(output), "bytes": size, "bits_per_weight": report.bits_per_weight, "layers": report.converted})
+        print_json(
+            {
+                "folder": str(output),
+                "bytes": size,
+                "bits_per_weight": report.bits_per_weight,
+                "layers": report.converted,
+            }
+        )
     else:
-        out.print(f"wrote {output}: {size / 1e6:,.0f} MB; transformers loads it with bitsandbytes, fourbit as it is", highlight=False)
+        out.print(
+            f"wrote {output}: {size / 1e6:,.0f} MB; "
+            "transformers loads it with bitsandbytes, fourbit as it is",
+            highlight=False,
+        )
     return 0

@@ -15,7 +15,8 @@ def add_parser(subparsers: Any) -> None:
         "train",
         help="fine-tune a model",
         description="Fine-tune a model in 4 bits with a LoRA adapter, into a run folder.",
-        epilog="example: fourbit train --model models/SmolLM2-135M --data tickets.jsonl --output runs/tickets --set train.epochs=2",
+        epilog="example: fourbit train --model models/SmolLM2-135M --data tickets.jsonl "
+        "--output runs/tickets --set train.epochs=2",
     )
     add_config_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="load and check everything, train nothing")
@@ -31,15 +32,17 @@ def run(args: argparse.Namespace) -> int:
 
     out = console(args.json)
     if args.dry_run:
-        result = training.dry_run(config, out)
+        plan = training.dry_run(config, out)
         if args.json:
-            print_json(result)
+            print_json(plan)
         return 0
     result = training.run(config, out, resume=args.resume, overwrite=args.overwrite)
     if args.json:
         print_json({**result.metrics, "folder": str(result.folder), "adapter": str(result.adapter)})
     else:
-        out.print(_closing(result.metrics, result.stopped, str(result.folder)), highlight=False, soft_wrap=True)
+        out.print(
+            _closing(result.metrics, result.stopped, str(result.folder)), highlight=False, soft_wrap=True
+        )
     return INTERRUPTED if result.stopped == "interrupted" else 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import peft.tuners.lora.model as peft_lora
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -58,7 +59,7 @@ def add_lora(
         raise ConfigError(f"lora.r = {r}: a rank is at least 1 (8 to 16 suit small models)")
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides it by r: any number will do
         lora_dropout=dropout,
         target_modules=_targets(model, target_modules),
         use_rslora=rslora,
@@ -119,13 +120,16 @@ def _fourbit_layers() -> Iterator[None]:
     original = peft_lora.dispatch_default
 
     def dispatch(
-        target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
+        target: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        parameter_name: str | None = None,
+        **options: Any,
     ) -> nn.Module | None:
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        if isinstance(base, Linear4bit) or type(base) is nn.Linear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if parameter_name is None and (isinstance(base, Linear4bit) or type(base) is nn.Linear):
             return LoraLinear(base, adapter_name, config=config, **options)
-        layer: nn.Module | None = original(target, adapter_name, config=config, **options)
-        return layer
+        return original(target, adapter_name, config, parameter_name, **options)
 
     peft_lora.dispatch_default = dispatch
     try:
@@ -161,7 +165,7 @@ def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[
             ending
             for ending in _ATTENTION
             if any(
-                n.endswith(f".{ending}") and "attn" in n or n.endswith(f"attention.{ending}") for n in names
+                (n.endswith(f".{ending}") and "attn" in n) or n.endswith(f"attention.{ending}") for n in names
             )
         ]
         if not found:
@@ -178,7 +182,8 @@ def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[
         matched = _match(pattern, names)
         if not matched:
             raise ConfigError(
-                f"lora.target_modules: '{pattern}' matches no layer{nearest(pattern, endings)}; linear layers end in {', '.join(endings)}"
+                f"lora.target_modules: '{pattern}' matches no layer{nearest(pattern, endings)}; "
+                f"linear layers end in {', '.join(endings)}"
             )
         selected += matched
     return sorted(set(selected))

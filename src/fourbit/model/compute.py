@@ -48,7 +48,8 @@ def choose_compute_dtype(requested: str = "auto", device: torch.device | None = 
         return _on_cuda(requested, device)
     if requested == "float16":
         raise ConfigError(
-            "model.compute_dtype = 'float16': on a CPU float16 products run 15 to 200 times slower; use bfloat16, float32 or auto"
+            "model.compute_dtype = 'float16': on a CPU float16 products run 15 to 200 times slower; "
+            "use bfloat16, float32 or auto"
         )
     if requested != "auto":
         return ComputeDtype(getattr(torch, requested), "as set")
@@ -59,7 +60,8 @@ def _on_cuda(requested: str, device: torch.device) -> ComputeDtype:
     major, minor = torch.cuda.get_device_capability(device)
     if requested == "bfloat16" and major < 8:
         raise ConfigError(
-            f"model.compute_dtype = 'bfloat16': compute capability {major}.{minor} has none (8.0 has); use float16 or auto"
+            f"model.compute_dtype = 'bfloat16': compute capability {major}.{minor} has none (8.0 has); "
+            "use float16 or auto"
         )
     if requested != "auto":
         return ComputeDtype(getattr(torch, requested), "as set")

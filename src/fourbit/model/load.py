@@ -9,12 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from fourbit.errors import FourBitError, ModelError
@@ -90,7 +96,8 @@ def load(
     stored = getattr(config, "quantization_config", None)
     if stored is not None and not bnb.is_bnb_4bit(stored):
         raise ModelError(
-            f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); give the 16-bit model"
+            f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); "
+            "give the 16-bit model"
         )
     tensors, settings = _open(
         source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code
@@ -102,8 +109,14 @@ def load(
     model = _build(source, config, tensors, settings, compute.dtype, target, trust_remote_code)
     tokenizers.fit_embeddings(model, tokenizer)
     model.requires_grad_(False)
-    model.fourbit_report = _report(os.fspath(path), model, settings, compute.reason)
+    report = _report(os.fspath(path), model, settings, compute.reason)
+    model.fourbit_report = report  # type: ignore[assignment]  # modules take any attribute
     return model, tokenizer
+
+
+def load_report(model: nn.Module) -> LoadReport:
+    """What `load` did to get this model, or the base below this adapter."""
+    return cast(LoadReport, model.fourbit_report)
 
 
 def _locate(path: str, revision: str | None) -> Path:
@@ -187,7 +200,9 @@ def _skeleton(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedMo
 
 
 def _keep_precision(tensors: dict[str, LazyTensor], skeleton: PreTrainedModel) -> dict[str, Any]:
-    skipped = FourBitQuantizer.get_modules_to_not_convert(skeleton, None, skeleton._keep_in_fp32_modules)
+    skipped = FourBitQuantizer.get_modules_to_not_convert(
+        skeleton, None, list(skeleton._keep_in_fp32_modules or ())
+    )
     names = {f"{name}.weight" for name in linear_names(skeleton, skipped)}
     prefix = f"{skeleton.base_model_prefix}."
     return {

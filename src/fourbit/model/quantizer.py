@@ -7,7 +7,7 @@ its original precision. Importing this module registers both under quant_method 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class FourBitConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         **_: Any,
     ) -> None:
-        self.quant_method = "fourbit"
+        self.quant_method = "fourbit"  # type: ignore[assignment]  # transformers' enum lists only its own
         self.quant_type = quant_type
         self.block_size = block_size
         self.double_quant = double_quant
@@ -52,7 +52,7 @@ class FourBitConfig(QuantizationConfigMixin):
             getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
         )
         self.modules_to_not_convert = modules_to_not_convert
-        #: What stopped a conversion: transformers logs errors inside a load and raises one without the reason.
+        #: What stopped a conversion: transformers logs errors inside a load, and raises one without a reason.
         self._failure: FourBitError | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class FourBitQuantizer(HfQuantizer):
 
     quantization_config: FourBitConfig
     requires_calibration = False
-    serialized_names: ClassVar[dict[str, list[str]]] = {
+    serialized_names: dict[str, list[str]] = {  # noqa: RUF012 - declared so by the base class
         "weight": ["weight", "weight_absmax", "weight_consts"]
     }
 
@@ -81,12 +81,12 @@ class FourBitQuantizer(HfQuantizer):
         skipped = self.get_modules_to_not_convert(
             model,
             config.modules_to_not_convert,
-            model._keep_in_fp32_modules,
+            list(model._keep_in_fp32_modules or ()),
             # A saved checkpoint lists all it left out; what is quantized now also leaves out head and ties.
             add_default_skips=not self.pre_quantized,
         )
         for name in linear_names(model, skipped):
-            linear = model.get_submodule(name)
+            linear = cast(nn.Linear, model.get_submodule(name))
             replacement = Linear4bit(
                 linear.in_features,
                 linear.out_features,
@@ -103,10 +103,10 @@ class FourBitQuantizer(HfQuantizer):
             if not self.pre_quantized:
                 # Until 5.20 transformers casts what it reads to the dtype of the parameter it is for, and
                 # quantizes then; so the parameter has the original's dtype until the weight arrives.
-                replacement.weight = linear.weight.requires_grad_(False)
+                replacement.weight = cast(nn.Parameter, linear.weight.requires_grad_(False))
             # transformers would draw random values for a weight that the checkpoint lacks; a missing
             # packed weight must stay missing, and be reported.
-            replacement._is_hf_initialized = True
+            replacement._is_hf_initialized = True  # type: ignore[assignment]  # a flag, says transformers
             model.set_submodule(name, replacement)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -140,9 +140,7 @@ class _Quantize(ConversionOps):
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any
-    ) -> dict[str, nn.Parameter]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         (name, value), *_ = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
         if isinstance(weight, OriginalTensor):

@@ -21,14 +21,15 @@ def check_savable(quant_type: str) -> None:
     """Raise ModelError for a 4-bit type that a bitsandbytes checkpoint cannot hold."""
     if quant_type not in ("nf4", "fp4"):
         raise ModelError(
-            f"{quant_type} cannot be saved: a bitsandbytes checkpoint holds nf4 or fp4 only; choose one of them"
+            f"{quant_type} cannot be saved: a bitsandbytes checkpoint holds nf4 or fp4 only; "
+            "choose one of them"
         )
 
 
 def save_quantized(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]
 ) -> int:
-    """Write a model from `fourbit.load` so that transformers + bitsandbytes, and fourbit, load the same bytes.
+    """Write a model from `fourbit.load` for transformers + bitsandbytes, or fourbit, to load the same bytes.
 
     Returns the bytes of weights written. Raises ModelError for INT4 and custom codebooks, for a model
     without 4-bit layers, and when the disk refuses.
@@ -83,7 +84,7 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path) -> int:
     if len(shards) == 1:
         save_file(shards[0], str(folder / "model.safetensors"), metadata={"format": "pt"})
         return total
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, str(folder / file), metadata={"format": "pt"})

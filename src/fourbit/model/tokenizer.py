@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.errors import ModelError
@@ -44,7 +46,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     Returns how many were added; raises ModelError when tokenizer and model cannot belong together.
     """
-    rows, needed = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    rows, needed = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, len(tokenizer)
     if needed <= rows:
         return 0
     if needed - rows > 1024:
@@ -54,6 +56,6 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     model.resize_token_embeddings(needed, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
-            weight = layer.weight.data
+            weight = cast(nn.Embedding | nn.Linear, layer).weight.data
             weight[rows:] = weight[:rows].float().mean(dim=0).to(weight.dtype)
     return needed - rows

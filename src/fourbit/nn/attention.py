@@ -55,7 +55,7 @@ def attention(
     length = query.shape[2]
     special = dropout != 0.0 or any(kwargs.get(name) is not None for name in _SPECIAL)
     if special or not torch.is_grad_enabled() or not 1 < length <= LONGEST or key.shape[2] != length:
-        return sdpa_attention_forward(  # type: ignore[return-value]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if attention_mask is None:
@@ -68,17 +68,20 @@ def attention(
 
 
 class ShortAttention(torch.autograd.Function):
-    """q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], mask bool or additive [B or 1, 1, T, S] -> [B, H, T, Dv]."""
+    """q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> [B, H, T, Dv].
+
+    mask [B or 1, 1, T, S], bool or additive
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         probabilities = _probabilities(q, k, mask, scale)
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
         return (probabilities.to(v.dtype) @ v).view(*q.shape[:3], v.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         probabilities = _probabilities(q, k, mask, ctx.scale)  # [B, Hkv, G T, S] fp32
         packed_q, packed_grad = _pack(q, k.shape[1]), _pack(grad, k.shape[1])

@@ -23,7 +23,7 @@ from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit
 
 
-class LoraLinear(PeftLinear):  # type: ignore[misc]
+class LoraLinear(PeftLinear):
     """An adapter around a `Linear4bit` or a plain `nn.Linear`.
 
     layer_key   uint32 that names the layer in dropout masks
@@ -38,7 +38,8 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         if adapter is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        p = self.lora_dropout[adapter].p if self.training and hasattr(self.lora_dropout[adapter], "p") else 0.0
+        dropout = self.lora_dropout[adapter]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         keys = self.key_source.current if p > 0 and self.key_source is not None else None
         fused: Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
             x,
@@ -60,7 +61,9 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
             return None
         base = self.get_base_layer()
-        if not (isinstance(base, Linear4bit) or type(base) is nn.Linear) or torch.is_autocast_enabled(x.device.type):
+        if not (isinstance(base, Linear4bit) or type(base) is nn.Linear) or torch.is_autocast_enabled(
+            x.device.type
+        ):
             return None
         if base.bias is not None and base.bias.requires_grad:
             return None
@@ -69,7 +72,11 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         dropout = self.lora_dropout[adapter]
         if self.training and not isinstance(dropout, nn.Identity):
             keys = self.key_source.current if self.key_source is not None else None
-            if type(dropout) is not nn.Dropout or keys is None or keys.rows.numel() * x.shape[-1] != x.numel():
+            if (
+                type(dropout) is not nn.Dropout
+                or keys is None
+                or keys.rows.numel() * x.shape[-1] != x.numel()
+            ):
                 return None
         return adapter
 
@@ -77,7 +84,8 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         """Refused on packed weights: adding to 4-bit codes would corrupt them."""
         if isinstance(self.get_base_layer(), Linear4bit):
             raise ModelError(
-                "an adapter cannot be merged into 4-bit weights in place; use merge_and_unload(), which gives 16-bit layers"
+                "an adapter cannot be merged into 4-bit weights in place; "
+                "use merge_and_unload(), which gives 16-bit layers"
             )
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
@@ -105,12 +113,12 @@ class _FusedLora(torch.autograd.Function):
     """x [..., K], A fp32 [r, K], B fp32 [N, r], frozen base layer -> y [..., N] in x's dtype."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
-        base: nn.Module,
+        base: nn.Linear,
         scaling: float,
         p: float,
         keys: TokenKeys | None,
@@ -125,7 +133,7 @@ class _FusedLora(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, lora_a, lora_b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # [T, N]
         a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
@@ -152,14 +160,14 @@ def _dropped(x: Tensor, p: float, keys: TokenKeys | None, layer_key: int) -> Ten
     return F4.keyed_dropout(x, p, keys.rows, keys.positions, layer=layer_key, seed=keys.seed, step=keys.step)
 
 
-def _base_product(x: Tensor, base: nn.Module) -> Tensor:
+def _base_product(x: Tensor, base: nn.Linear) -> Tensor:
     if isinstance(base, Linear4bit):
         y: Tensor = base(x)
         return y
     return F.linear(x, base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
 
-def _base_gradient(grad: Tensor, base: nn.Module) -> Tensor:
+def _base_gradient(grad: Tensor, base: nn.Linear) -> Tensor:
     """grad [T, N] @ W [N, K]."""
     if isinstance(base, Linear4bit):
         return F4.linear_4bit_grad(grad, base.quantized())

@@ -23,12 +23,16 @@ _CHUNK_BYTES = 24 * 2**20
 
 
 class HasLabels(Protocol):
-    """What the loss reads of a batch: [rows, tokens] tensors; labels hold the token at each position or -100."""
+    """What the loss reads of a batch: int64 tensors [rows, tokens]; labels hold the token there, or -100."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -99,16 +103,19 @@ def linear_cross_entropy(
 
 def split_model(model: nn.Module) -> tuple[nn.Module, Head]:
     """The decoder that gives hidden states and the head that would turn them into logits."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     config = base.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     softcap = getattr(config, "final_logit_softcapping", None)
     return base.base_model, Head(base.get_output_embeddings(), scale, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -120,7 +127,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.numel(), rows):
             chunk = slice(start, start + rows)
             logits = (hidden[chunk] @ matrix.t()).float()  # [rows, V]
-            loss, grad_logits = _loss_and_gradient(logits, labels[chunk], scale, softcap, need_hidden or need_weight)
+            loss, grad_logits = _loss_and_gradient(
+                logits, labels[chunk], scale, softcap, need_hidden or need_weight
+            )
             total += loss
             if grad_logits is None:
                 continue
@@ -134,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)

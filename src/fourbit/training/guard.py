@@ -41,5 +41,6 @@ class Guard:
         usual = median(self._losses) if len(self._losses) == _HISTORY else math.inf
         self._losses.append(loss)
         if loss > max(_SPIKE * usual, usual + _SPIKE_AT_LEAST):
-            return f"step {step + 1}: loss {loss:.3f} is {loss / usual:.1f} times the median of the last {_HISTORY} steps"
+            times = f"{loss / usual:.1f} times the median of the last {_HISTORY} steps"
+            return f"step {step + 1}: loss {loss:.3f} is {times}"
         return None

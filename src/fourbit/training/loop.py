@@ -26,8 +26,8 @@ from fourbit.data.render import Example
 from fourbit.evaluate.heldout import heldout_loss
 from fourbit.memory.measure import peak_bytes
 from fourbit.model.adapters import key_source
-from fourbit.nn.loss import causal_lm_loss
 from fourbit.nn.lora import LoraLinear
+from fourbit.nn.loss import causal_lm_loss
 from fourbit.training import checkpoint
 from fourbit.training.guard import Guard
 from fourbit.training.metrics import MetricsWriter
@@ -147,7 +147,7 @@ def run_loop(
 
 
 def _steps(work: Work, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
-    """(step, training rows of its effective batch) from `first` on; the order depends on seed and epoch only."""
+    """(step, training rows of its effective batch) from `first` on; seed and epoch alone decide the order."""
     settings = work.settings
     per_epoch = math.ceil(len(work.train) / settings.effective_batch)
     for epoch in range(first // per_epoch, math.ceil(total / per_epoch)):

@@ -28,7 +28,8 @@ class StepView:
         minutes, seconds = divmod(round(self.seconds_left), 60)
         return (
             f"loss {self.loss:.3f}  lr {self.learning_rate:.1e}  grad {self.grad_norm:.2f}  "
-            f"{self.tokens_per_second:,.0f} tok/s  {minutes}:{seconds:02d} left  peak {self.peak_bytes / 1e9:.2f} GB"
+            f"{self.tokens_per_second:,.0f} tok/s  {minutes}:{seconds:02d} left  "
+            f"peak {self.peak_bytes / 1e9:.2f} GB"
         )
 
 

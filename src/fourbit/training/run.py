@@ -35,7 +35,7 @@ from fourbit.errors import ConfigError, DataError, nearest
 from fourbit.memory.measure import peak_bytes
 from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
-from fourbit.model.load import load
+from fourbit.model.load import load, load_report
 from fourbit.nn.attention import use_short_attention
 from fourbit.training import checkpoint
 from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
@@ -72,7 +72,7 @@ def train(
 ) -> RunResult:
     """Train what is trainable in a loaded model on a data file, into a run folder.
 
-    model     from `fourbit.load` and `fourbit.add_lora` (or any transformers causal LM with trainable weights)
+    model     from `fourbit.load` and `fourbit.add_lora`, or any transformers causal LM with trainable weights
     data      a file or several; form and columns as in `fourbit.config.DataSettings`
     settings  any keys of TrainSettings and DataSettings: epochs=3, learning_rate=1e-4, max_length=512, ...
 
@@ -142,7 +142,7 @@ def prepare_model(
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
-    report = base.fourbit_report
+    report = load_report(base)
     console.print(report.line(), highlight=False, soft_wrap=True)
     console.print(
         f"compute dtype {_short(report.rest_dtype)}: {report.compute_reason}", highlight=False, soft_wrap=True
@@ -162,7 +162,7 @@ def prepare_model(
 def prepare_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> tuple[Encoded, list[Any], list[Any]]:
-    """(what was read, training examples, held-out examples). Raises DataError when nothing is left to train on."""
+    """(what was read, training examples, held-out examples); raises DataError with none to train on."""
     encoded = encode(read_rows(config.data.train, config.data), tokenizer, config.data)
     console.print(encoded.summary(), highlight=False, soft_wrap=True)
     examples = list(encoded.examples)
@@ -214,9 +214,8 @@ def fit(
         checkpoint.load_weights(folder / checkpoint.ADAPTER, model)
     model.eval()
     if not isinstance(model, PeftModel) and outcome.progress.best_step:
-        tokenizer.save_pretrained(
-            str(folder / checkpoint.ADAPTER)
-        )  # a whole model is loaded with its tokenizer
+        # A whole model is loaded with its tokenizer.
+        tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
     summary = _summary(model, work, outcome)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
@@ -248,7 +247,7 @@ def _work(
 def _autocast_dtype(
     model: PreTrainedModel | PeftModel, config: RunConfig, device: torch.device
 ) -> torch.dtype | None:
-    """The compute dtype where trained weights beside LoRA's are fp32, so that products still run in 16 bits."""
+    """The compute dtype where weights beside LoRA's train in fp32, so that products still run in 16 bits."""
     only_lora = all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     dtype = choose_compute_dtype(config.model.compute_dtype, choose_device(str(device))).dtype
     return None if only_lora or dtype == torch.float32 else dtype
@@ -257,7 +256,8 @@ def _autocast_dtype(
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     if (folder / "metrics.jsonl").exists() and not resume and not overwrite:
         raise ConfigError(
-            f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, --output names another"
+            f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, "
+            "--output names another"
         )
     if resume and checkpoint.newest(folder) is None:
         raise ConfigError(f"{folder}: no checkpoint to resume from")
@@ -277,7 +277,8 @@ def _prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bo
         changed = _differences(stored, config)
         if changed:
             raise ConfigError(
-                f"{folder}: cannot resume, {changed[0]} differs from the run's; restore it, or start a new run"
+                f"{folder}: cannot resume, {changed[0]} differs from the run's; "
+                "restore it, or start a new run"
             )
         truncate_after(folder, checkpoint.read_progress(newest).step)
         return newest

@@ -40,9 +40,8 @@ class BnbScheme:
 
 def is_bnb_4bit(quantization_config: dict[str, Any] | None) -> bool:
     """Whether a config.json's quantization_config announces a bitsandbytes 4-bit checkpoint."""
-    return bool(quantization_config) and bool(
-        quantization_config.get("quant_method") == "bitsandbytes" and quantization_config.get("load_in_4bit")
-    )
+    config = quantization_config or {}
+    return config.get("quant_method") == "bitsandbytes" and bool(config.get("load_in_4bit"))
 
 
 def convert_names(tensors: dict[str, LazyTensor], where: str) -> tuple[dict[str, LazyTensor], BnbScheme]:
@@ -83,7 +82,8 @@ def to_bnb(prefix: str, q: QuantizedTensor) -> dict[str, Tensor]:
     """
     if q.quant_type not in ("nf4", "fp4"):
         raise ModelError(
-            f"'{prefix}' is {q.quant_type}, which a bitsandbytes checkpoint cannot hold; quantize with nf4 or fp4 to save"
+            f"'{prefix}' is {q.quant_type}, which a bitsandbytes checkpoint cannot hold; "
+            "quantize with nf4 or fp4 to save"
         )
     state: dict[str, Any] = {
         "quant_type": q.quant_type,
@@ -154,7 +154,8 @@ def _convert_one(
         second = part(".nested_absmax")
         if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
             raise ModelError(
-                f"{where}: '{weight}' has nested blocks of {state['nested_blocksize']}, not {NESTED_BLOCK_SIZE}"
+                f"{where}: '{weight}' has nested blocks of {state['nested_blocksize']}, "
+                f"not {NESTED_BLOCK_SIZE}"
             )
         offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
         result[f"{weight}_consts"] = LazyTensor(

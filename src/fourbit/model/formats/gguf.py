@@ -47,7 +47,8 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
     reader = _guard(file, lambda: GGUFReader(str(file)))
     field = reader.get_field("general.architecture")
     architecture = str(field.contents()) if field is not None else "unknown"
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=skeleton.config.to_dict())
+    processor_class: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = processor_class(config=skeleton.config.to_dict())
     names = _guard(file, lambda: get_gguf_hf_weights_map(skeleton, processor))
 
     tensors: dict[str, LazyTensor] = {}

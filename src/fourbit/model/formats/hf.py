@@ -51,7 +51,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if any(folder.glob("*.bin")):
         raise ModelError(
-            f"{folder}: holds pickled weights (.bin), which can run code and are never loaded; convert them to safetensors first"
+            f"{folder}: holds pickled weights (.bin), which can run code and are never loaded; "
+            "convert them to safetensors first"
         )
     raise ModelError(
         f"{folder}: no model.safetensors here; give a folder with safetensors weights, or a .gguf file"
