@@ -85,6 +85,16 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert live <= rows < live + max(2, rows / 8 + 1)
 
 
+def test_the_head_reads_its_weight_once() -> None:
+    """A hidden state with gaps would make torch copy the head for every row."""
+    model = build("llama")
+    contiguous: list[bool] = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: contiguous.append(args[0].is_contiguous()))
+    generate(model, random_prompts(5, 12), [2], 3)
+    assert len(contiguous) == 4
+    assert all(contiguous)
+
+
 def test_length_limit_and_stop_at_once() -> None:
     model, (prompt,) = build("llama"), random_prompts(1, 0)
     first = own_answer(model, prompt, [2])[0]

@@ -1,8 +1,11 @@
 """How good a model is: generated answers, likelihood of given labels, held-out loss.
 
     context.py     prompts prefilled in batches: one KV cache, rows of different lengths
+    cache.py       a KV cache with room to grow
     attention.py   grouped-query attention of few queries without repeating keys and values
+    batching.py    batches of similar length
     generate.py    answers in batches, or one of them streamed
+    labels.py      answers as the token ids that training trains
     trie.py        the labels of a closed set as a tree of tokens
     likelihood.py  the most likely label, exactly, without scoring every label
     scores.py      exact match, intervals, confusion counts
