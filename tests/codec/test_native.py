@@ -30,6 +30,8 @@ def blocks_of_every_kind(dtype: torch.dtype) -> Tensor:
     w[384:448] = 0
     w[400] = -info.smallest_normal
     w[448:512] = -0.0
+    # The reciprocal of a huge scale is subnormal and so inexact that scaled values exceed 1.
+    w[4096:8192] = (w[4096:8192].float().clamp(-4, 4) / 4 * info.max).to(dtype)
     w[-40:] = 0
     return w
 
