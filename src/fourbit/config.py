@@ -283,17 +283,18 @@ def _one_line(error: ValidationError, source: str) -> str:
     where = [str(part) for part in first["loc"]]
     name = ".".join(where)
     if first["type"] == "extra_forbidden":
-        text = f"unknown key '{name}'{nearest(where[-1], _known_keys(where[:-1]))}"
+        known = _known_keys(where[:-1])
+        hint = nearest(where[-1], known) or f"; known are {', '.join(known)}"
+        text = f"unknown key '{name}'{hint}"
     elif first["type"] == "missing":
         text = f"'{name}' is missing; {_describe(where)}"
+    elif first["type"] == "value_error":
+        text = f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+    elif first["type"] == "model_type":
+        text = f"'{name}' = {first['input']!r}: must be a section with {', '.join(_known_keys(where))}"
     else:
-        message = str(first["msg"]).removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
-        text = (
-            f"'{name}' = {first['input']!r}: {message}"
-            if first["type"] != "value_error"
-            else f"{name or 'config'}: {message}"
-        )
+        meaning = "" if first["type"] == "literal_error" else _meaning(where)
+        text = f"'{name}' = {first['input']!r}: {_lower(str(first['msg']))}{meaning}"
     more = f" (and {count - 1} more)" if count > 1 else ""
     return f"{source}: {text}{more}"
 
@@ -318,6 +319,20 @@ def _known_keys(path: list[str]) -> list[str]:
 
 
 def _describe(path: list[str]) -> str:
+    description = _description(path)
+    return f"give the {description}" if description else "add this section"
+
+
+def _meaning(path: list[str]) -> str:
+    description = _description(path[:2])  # beyond stand pydantic's names of the alternatives of a type
+    return f" ({description})" if description else ""
+
+
+def _description(path: list[str]) -> str | None:
     owner = section_class(path[:-1])
     field = owner.model_fields.get(path[-1]) if owner else None
-    return f"give the {field.description}" if field and field.description else "add this section"
+    return field.description if field else None
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -7,12 +7,14 @@ Exit codes: 0 done, 1 failed, 2 settings or arguments, 3 data, 4 model or adapte
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from fourbit import __version__
-from fourbit.errors import FourBitError, nearest
+from fourbit.errors import ConfigError, FourBitError, nearest
 
 COMMANDS = {
     "init": "write a commented config file to start from",
@@ -25,21 +27,32 @@ COMMANDS = {
 INTERRUPTED = 130
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, as all of fourbit's are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` shows how")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on standard error, never in a traceback."""
     # Threads that wait for one another while something else uses a core should sleep, not spin: on two
     # busy cores spinning made a training step up to ten times slower, and sleeping costs an idle machine
     # next to nothing (docs/log.md). Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PEFT imports bitsandbytes where it is installed, which then warns of parts that fourbit never uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if not word.startswith("-")), None)
     if name not in COMMANDS:
         return _without_command(argv, name)
-    parser = argparse.ArgumentParser(prog="fourbit")
+    parser = Parser(prog="fourbit")
     subparsers = parser.add_subparsers(dest="command")
     import_module(f"fourbit.cli.{name}").add_parser(subparsers)
-    args = parser.parse_args(argv)
     try:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise ConfigError(f"unknown argument '{unknown[0]}'; `fourbit {name} --help` lists them")
         return int(args.run(args))
     except FourBitError as error:
         print(f"fourbit {name}: error: {error}", file=sys.stderr)

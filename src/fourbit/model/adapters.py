@@ -53,10 +53,11 @@ def add_lora(
                     layer names, or regular expressions over them
     peft_options    further settings of `peft.LoraConfig`, such as rank_pattern or use_dora
 
-    Raises ConfigError for a rank below 1 or targets that match no layer.
+    Raises ConfigError for a rank below 1, and for targets or modules to save that match nothing.
     """
     if r < 1:
         raise ConfigError(f"lora.r = {r}: a rank is at least 1 (8 to 16 suit small models)")
+    _check_saved(model, modules_to_save)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides it by r: any number will do
@@ -187,6 +188,18 @@ def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[
             )
         selected += matched
     return sorted(set(selected))
+
+
+def _check_saved(model: PreTrainedModel, wanted: Sequence[str]) -> None:
+    """PEFT passes over a name that it does not find."""
+    names = [name for name, _ in model.named_modules() if name]
+    for name in wanted:
+        if not any(other == name or other.endswith(f".{name}") for other in names):
+            hint = nearest(name, {other.rsplit(".", 1)[-1] for other in names})
+            raise ConfigError(
+                f"lora.modules_to_save: '{name}' matches no module{hint}; "
+                "give endings of names, such as embed_tokens or lm_head"
+            )
 
 
 def _match(pattern: str, names: list[str]) -> list[str]:

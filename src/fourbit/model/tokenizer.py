@@ -19,7 +19,11 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # every tokenizer class raises its own
         reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{folder}: its tokenizer cannot be read ({reason})") from error
+        if not any(folder.glob("tokenizer*")):
+            raise ModelError(
+                f"{folder}: has no tokenizer; add tokenizer.json from the model's source"
+            ) from None
+        raise ModelError(f"{folder}: its tokenizer cannot be read ({reason}); download it again") from error
     return tokenizer
 
 

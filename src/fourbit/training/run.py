@@ -97,6 +97,7 @@ def train(
 def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say."""
     _check_folder(Path(config.output), resume, overwrite)
+    _check_data(config)
     model, tokenizer = prepare_model(config, console)
     return fit(model, tokenizer, config, console, resume, overwrite)
 
@@ -104,6 +105,7 @@ def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bo
 def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
     """Load and check model and data, show the resolved settings, train and write nothing."""
     console.print(dump_config(config), highlight=False, soft_wrap=True)
+    _check_data(config)
     model, tokenizer = prepare_model(config, console)
     encoded, examples, heldout = prepare_data(config, tokenizer, console)
     trainable, total = parameter_counts(model)
@@ -253,7 +255,17 @@ def _autocast_dtype(
     return None if only_lora or dtype == torch.float32 else dtype
 
 
+def _check_data(config: RunConfig) -> None:
+    """Before the model is loaded, so that a mistake in a file's last line costs seconds and not minutes.
+
+    The rows are read again when they are needed, not kept beside the model.
+    """
+    read_rows([*config.data.train, *config.data.heldout], config.data)
+
+
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; name another run folder with --output")
     if (folder / "metrics.jsonl").exists() and not resume and not overwrite:
         raise ConfigError(
             f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, "
@@ -271,7 +283,12 @@ def _prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bo
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "timing.jsonl", "summary.json"):
             (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be made ({error.strerror}); name another run folder with --output"
+        ) from None
     if newest is not None:
         stored = load_config(folder / "config.yaml")
         changed = _differences(stored, config)
