@@ -85,7 +85,17 @@ def test_torch_is_open_at_the_top_and_its_pins_agree():
 
 def test_the_oldest_lock_holds_the_lower_bounds():
     oldest = pins("oldest.txt")
-    for name in ("transformers", "peft", "safetensors", "gguf", "pydantic", "rich", "pyyaml"):
+    for name in (
+        "transformers",
+        "peft",
+        "accelerate",
+        "psutil",
+        "safetensors",
+        "gguf",
+        "pydantic",
+        "rich",
+        "pyyaml",
+    ):
         (lower,) = (spec.version for spec in requirement(name).specifier if spec.operator == ">=")
         assert {Version(version) for version in oldest[name].values()} == {Version(lower)}, name
 
