@@ -2,7 +2,7 @@
 
     context.py     prompts prefilled in batches: one KV cache, rows of different lengths
     cache.py       a KV cache with room to grow
-    attention.py   grouped-query attention of few queries without repeating keys and values
+    attention.py   the attention used meanwhile
     batching.py    batches of similar length
     generate.py    answers in batches, or one of them streamed
     labels.py      answers as the token ids that training trains

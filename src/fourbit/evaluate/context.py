@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fourbit.errors import DataError, ModelError
-from fourbit.evaluate.attention import grouped_attention
+from fourbit.evaluate.attention import evaluation_attention
 from fourbit.evaluate.batching import length_batches
 from fourbit.evaluate.cache import changed_cache, empty_cache
 
@@ -51,8 +51,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """What every forward pass here runs under: evaluation mode, no gradients, grouped attention."""
-    with evaluating(model), torch.inference_mode(), grouped_attention(transformers_model(model)):
+    """What every forward pass here runs under: evaluation mode, no gradients, attention with masks."""
+    with evaluating(model), torch.inference_mode(), evaluation_attention(transformers_model(model)):
         yield
 
 
