@@ -64,7 +64,7 @@ def test_grouping_saves_padding_and_short_steps_come_from_anywhere():
     examples = of_lengths(LENGTHS)
     plain, grouped = (effective_batches(examples, 16, 0, 0, group) for group in (False, True))
     assert padding(examples, plain) > 0.4
-    assert padding(examples, grouped) < 0.1
+    assert padding(examples, grouped) < 0.2  # up to a quarter of it from rounding lengths
     means = [sum(LENGTHS[index] for index in batch) / len(batch) for batch in grouped]
     assert means != sorted(means)
     assert means != sorted(means, reverse=True)

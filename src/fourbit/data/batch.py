@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fourbit.data.order import BATCHES, EPOCH, permutation
 from fourbit.data.render import Example
+from fourbit.shapes import rounded_size
 
 #: The label of a token that carries no loss (torch's ignore_index).
 NO_LOSS = -100
@@ -25,7 +26,7 @@ _POOL_STEPS, _MIN_POOLS = 50, 4
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B examples padded on the right to the longest, T tokens; every tensor is int64.
+    """B examples padded on the right to T tokens; every tensor is int64.
 
     input_ids       [B, T]
     attention_mask  [B, T]  1 for tokens, 0 for padding
@@ -52,8 +53,11 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad examples into one batch. Labels come from the masks, whatever `pad_id` is."""
-    shape = len(examples), max(len(example.input_ids) for example in examples)
+    """Pad examples into one batch. Labels come from the masks, whatever `pad_id` is.
+
+    T is the longest example's length, rounded up (`fourbit.shapes`) so that few distinct ones occur.
+    """
+    shape = len(examples), rounded_size(max(len(example.input_ids) for example in examples))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, NO_LOSS, dtype=torch.int64)

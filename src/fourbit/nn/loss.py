@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fourbit.shapes import with_rounded_rows
+
 IGNORED = -100
 _CHUNK_BYTES = 24 * 2**20
 
@@ -126,7 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, labels.numel(), rows):
             chunk = slice(start, start + rows)
-            logits = (hidden[chunk] @ matrix.t()).float()  # [rows, V]
+            taken = hidden[chunk]
+            logits = (with_rounded_rows(taken) @ matrix.t())[: taken.shape[0]].float()  # [rows, V]
             loss, grad_logits = _loss_and_gradient(
                 logits, labels[chunk], scale, softcap, need_hidden or need_weight
             )
@@ -135,9 +138,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             small = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(small, matrix, out=grad_hidden[chunk])
+                grad_hidden[chunk] = (with_rounded_rows(small) @ matrix)[: taken.shape[0]]
             if grad_weight is not None:
-                grad_weight += small.t() @ hidden[chunk]
+                grad_weight += small.t() @ taken
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -18,6 +18,7 @@ from fourbit.errors import QuantizationError
 from fourbit.kernels import native
 from fourbit.ops.codec import check_float, check_parts, restored
 from fourbit.ops.library import LIBRARY, define, runs_native
+from fourbit.shapes import with_rounded_rows
 
 #: Up to this many rows, native code multiplies with the packed weight.
 FEW_ROWS = 16
@@ -66,7 +67,9 @@ def _linear(
     else:
         shape = (out_features, in_features)
         weight = restored(shape, x.dtype, codes, absmax, nested, offset, codebook, block_size)
-        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        padded = with_rounded_rows(rows)
+        y = padded @ weight.T if bias is None else torch.addmm(bias, padded, weight.T)
+        y = y[: rows.shape[0]]
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -102,7 +105,8 @@ def _linear_backward(
     shape = (grad.shape[-1], in_features)
     weight = restored(shape, grad.dtype, codes, absmax, nested, offset, codebook, block_size)
     rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
-    return (rows @ weight).view(*grad.shape[:-1], in_features)
+    product = with_rounded_rows(rows) @ weight
+    return product[: rows.shape[0]].view(*grad.shape[:-1], in_features)
 
 
 def _linear_backward_fake(
