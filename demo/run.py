@@ -22,10 +22,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as the four
 
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from fourbit.cli.common import stage_progress
 from fourbit.config import RunConfig, load_config
 from fourbit.data.read import read_rows
 from fourbit.data.row import Row
@@ -113,16 +113,7 @@ def score(
     console: Console,
     title: str,
 ) -> EvalResult:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    if not console.is_terminal:
-        console.print(f"{title}: {len(rows):,} requests ...", highlight=False)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=len(rows))
+    with stage_progress(title, console) as progress:
         return evaluate(
             model,
             tokenizer,
@@ -132,7 +123,7 @@ def score(
             labels=labels,
             loss=False,
             complete=False,
-            progress=lambda _, done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
 
 

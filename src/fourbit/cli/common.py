@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fourbit.config import RunConfig, load_config
 from fourbit.errors import ConfigError
+
+#: How often progress is printed where there is no terminal to redraw.
+PLAIN_EVERY_SECONDS = 15.0
 
 #: Short options of the common path, and the setting each one overrides.
 SHORTCUTS = {"model": "model.path", "data": "data.train", "output": "output"}
@@ -63,3 +70,33 @@ def run_settings(folder: str) -> RunConfig:
     if not path.exists():
         raise ConfigError(f"{folder}: not a run folder (it has no config.yaml)")
     return load_config(path)
+
+
+@contextmanager
+def stage_progress(name: str, out: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields report(stage, done, total): bars in a terminal, a line every quarter of a minute elsewhere."""
+    if not out.is_terminal:
+        yield _plain_report(name, out)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{name}: {stage}", total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield report
+
+
+def _plain_report(name: str, out: Console) -> Callable[[str, int, int], None]:
+    printed = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= PLAIN_EVERY_SECONDS:
+            printed = time.monotonic()
+            out.print(f"{name}: {stage} {done:,}/{total:,}", highlight=False)
+
+    return report

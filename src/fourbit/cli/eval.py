@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fourbit.cli.common import console, print_json
+from fourbit.cli.common import console, print_json, stage_progress
 from fourbit.cli.subject import Subject, add_subject_arguments, open_subject, read_subject_settings
 from fourbit.config import RunConfig
 from fourbit.errors import ConfigError, nearest
@@ -20,7 +20,7 @@ from fourbit.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from fourbit.data.row import Row
     from fourbit.evaluate.scores import Accuracy
-    from fourbit.evaluate.task import EvalResult, StageProgress
+    from fourbit.evaluate.task import EvalResult
 
 
 def add_parser(subparsers: Any) -> None:
@@ -130,7 +130,7 @@ def _score(
     wanted = [args.only] if args.only else ["base", "adapter"] if subject.has_adapter else ["base"]
     results: dict[str, EvalResult] = {}
     for name in wanted:
-        with _progress(name, out) as progress, subject.base() if name == "base" else _unchanged():
+        with stage_progress(name, out) as progress, subject.base() if name == "base" else _unchanged():
             results[name] = evaluate(
                 subject.model,
                 subject.tokenizer,
@@ -150,28 +150,6 @@ def _score(
 @contextmanager
 def _unchanged() -> Iterator[None]:
     yield
-
-
-@contextmanager
-def _progress(name: str, out: Console) -> Iterator[StageProgress]:
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=out, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(f"{name}: {stage}", total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield report
 
 
 def _print(results: dict[str, EvalResult], out: Console) -> None:
