@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as the fourbit command does
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch, as the fourbit command does
 
 from peft import PeftModel
 from rich.console import Console

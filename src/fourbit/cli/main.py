@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on standard error, never in a traceback."""
-    # Threads that wait for one another while something else uses a core should sleep, not spin: on two
-    # busy cores spinning made a training step up to ten times slower, and sleeping costs an idle machine
-    # next to nothing (docs/log.md). Must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for one another should spin briefly, then sleep: spinning on wastes the core that a
+    # neighbour has put the awaited thread off, sleeping at once is slower on an idle machine
+    # (docs/log.md). Must be set before torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # PEFT imports bitsandbytes where it is installed, which then warns of parts that fourbit never uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     argv = sys.argv[1:] if argv is None else argv
