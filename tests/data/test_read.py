@@ -111,7 +111,7 @@ def test_banking77_as_the_demo_carries_it(settings):
     assert len(rows) == 3080
     assert rows[1].fields == {
         "text": "I still have not received my new card, I ordered over a week ago.",
-        "category": "card_arrival",
+        "category": "card arrival",
     }
     assert rows[1].line == 3
 

@@ -35,7 +35,9 @@ class Subject:
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN, --model, --adapter, --set."""
-    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="run folder of `fourbit train`")
+    parser.add_argument(
+        "run_folder", nargs="?", metavar="RUN", help="run folder of `fourbit train`, or its config file"
+    )
     parser.add_argument("--model", help="instead of RUN: a folder, a hub name or a .gguf file")
     parser.add_argument("--adapter", help="PEFT adapter folder (default: the run's)")
     parser.add_argument(
@@ -56,6 +58,8 @@ def read_subject_settings(args: argparse.Namespace, data: str | None = None) -> 
     if (args.run_folder is None) == (args.model is None):
         raise ConfigError("give a run folder, or --model and perhaps --adapter")
     if args.run_folder is not None:
+        if Path(args.run_folder).is_file():  # the config that was trained; its run lies where it says
+            args.run_folder = load_config(args.run_folder).output
         run_settings(args.run_folder)
         return load_config(Path(args.run_folder) / "config.yaml", args.overrides)
     shortcuts = [f"model.path={json.dumps(args.model)}", f"data.train={json.dumps(data or 'none')}"]
