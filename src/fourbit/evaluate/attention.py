@@ -3,7 +3,7 @@
 Masks here are made from positions, which flash attention cannot take: such models go to `sdpa`. On a CPU,
 for few queries over a cache, torch's fused kernel is slower than the plain products, and transformers
 copies every key and value for each query head of a group: there `ShortAttention` takes 0.5 to 0.75 of the
-time. It is exact up to rounding, with scores in fp32.
+time. It is exact up to rounding, and computes in fp32.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ def cached_attention(
     if attention_mask is None or special or query.shape[2] > _MOST_QUERIES:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: Tensor = ShortAttention.apply(query, key, value, attention_mask, scale)  # type: ignore[no-untyped-call]
-    return output.transpose(1, 2).contiguous(), None
+    # All in fp32: the cache has another length at every step, and oneDNN generates code for each new shape of
+    # a bf16 product (`fourbit.shapes`).
+    wide = (tensor.float() for tensor in (query, key, value))
+    output: Tensor = ShortAttention.apply(*wide, attention_mask, scale)  # type: ignore[no-untyped-call]
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 @contextmanager

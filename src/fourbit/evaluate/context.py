@@ -26,6 +26,7 @@ from fourbit.errors import DataError, ModelError
 from fourbit.evaluate.attention import evaluation_attention
 from fourbit.evaluate.batching import length_batches
 from fourbit.evaluate.cache import changed_cache, empty_cache
+from fourbit.nn.loss import split_model
 
 Progress = Callable[[int, int], None]
 
@@ -91,19 +92,17 @@ class Context:
         # Attention over nothing is NaN, so padding sees its own slot.
         own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
         visible[:, :, -ids.shape[1] :] |= own & (positions == PADDING)[:, :, None]
-        # An index, not a count: of a count transformers makes a slice with gaps, which torch multiplies with
-        # a copy of the head for every row (1.8 GB for 32 rows of a small model).
-        kept = torch.arange(ids.shape[1] - last if last else 0, ids.shape[1], device=ids.device)
-        output = self.model(
+        decoder, head = split_model(self.model)
+        hidden = decoder(
             input_ids=ids,
             attention_mask=_layer_masks(_config(self.model), visible, positions, known),
             position_ids=positions.clamp(min=0),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=kept,
-        )
+        ).last_hidden_state
         self.positions = known
-        return output.logits
+        kept = hidden[:, -last:] if last else hidden  # [B, T', H]
+        return head.logits(kept.flatten(0, 1).contiguous()).unflatten(0, kept.shape[:2])
 
     def fork(self) -> Context:
         """A second context over the same prompts; neither sees what the other appends.

@@ -49,6 +49,13 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, V] of hidden [T, H]."""
+        logits: Tensor = self.module(with_rounded_rows(hidden))[: hidden.shape[0]]
+        if self.scale != 1.0:
+            logits = logits.float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits.float() / self.softcap)
+
     @property
     def plain(self) -> bool:
         """A frozen or trained `nn.Linear` itself, not a wrapper around one (LoRA, modules_to_save)."""
@@ -177,10 +184,7 @@ def _loss_and_gradient(
 
 
 def _module_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    logits = head.module(hidden).float() * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(head.logits(hidden).float(), labels, reduction="sum")
 
 
 def _vocabulary(module: nn.Module) -> int:

@@ -32,7 +32,7 @@ from fourbit.config import (
 from fourbit.data.encode import Encoded, encode, sample, split
 from fourbit.data.read import read_rows
 from fourbit.errors import ConfigError, DataError, nearest
-from fourbit.memory.measure import peak_bytes
+from fourbit.memory.measure import peak_bytes, release_free_memory
 from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
@@ -205,6 +205,7 @@ def fit(
     use_short_attention(base)
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
+    release_free_memory()
     metrics = MetricsWriter(folder, config.train.tensorboard)
     done = checkpoint.Progress() if resume_from is None else checkpoint.read_progress(resume_from)
     try:
@@ -215,6 +216,7 @@ def fit(
     if 0 < outcome.progress.best_step < outcome.progress.step and outcome.stopped != "interrupted":
         checkpoint.load_weights(folder / checkpoint.ADAPTER, model)
     model.eval()
+    release_free_memory()
     if not isinstance(model, PeftModel) and outcome.progress.best_step:
         # A whole model is loaded with its tokenizer.
         tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
