@@ -62,6 +62,11 @@ def test_init_train_eval_quantize(fourbit: Fourbit, here: Path) -> None:
     assert code == 0
     assert "16 rows" in out
 
+    # The config that a run was trained from leads to the run as well.
+    code, again, _ = fourbit("eval", "run/config.yaml", "--data", "rows.jsonl")
+    assert code == 0
+    assert "adapter" in again
+
     code, out, _ = fourbit("quantize", "model", "packed")
     assert code == 0
     assert "14 linear layers in nf4" in out

@@ -105,7 +105,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     batch, kv_heads, keys, _ = k.shape
     if mask.dtype == torch.bool:
         # The lowest finite number, not -inf: a row of padding that sees no key must not become NaN.
-        mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
     scores = (_pack(q, kv_heads).float() @ k.float().transpose(-1, -2)).mul_(scale)
     scores.view(batch, kv_heads, -1, q.shape[2], keys).add_(mask[:, :, None])  # [B, Hkv, G, T, S]
     return torch.softmax(scores, dim=-1)
