@@ -26,11 +26,11 @@ struct Table {
     __m512i first, second;
 };
 
-// `left` of the scales exist; x is zero beyond.
-template <int BLOCKS>
+// `left` of the scales exist, all of them in a `FULL` chunk; x is zero beyond.
+template <int BLOCKS, bool FULL>
 Table<BLOCKS> make_table(__m512 codebook, const float* absmax, int64_t left) {
     const auto scaled = [&](int i) {
-        return _mm512_mul_ps(codebook, _mm512_set1_ps(i < left ? absmax[i] : 0.0f));
+        return _mm512_mul_ps(codebook, _mm512_set1_ps(FULL || i < left ? absmax[i] : 0.0f));
     };
     const auto pair = [&](int low, int high) {
         return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled(high), scaled(low)));
@@ -66,16 +66,17 @@ void tile(const LinearRows& rows, int64_t n, int64_t m) {
     __m512 sums[ROWS][M];
     unroll<ROWS>([&](auto r) { unroll<M>([&](auto i) { sums[r][i] = _mm512_setzero_ps(); }); });
 
-    for (int64_t k = 0; k < K; k += CHUNK) {
+    const auto chunk = [&](int64_t k, auto full) {
+        constexpr bool FULL = decltype(full)::value;
         const int64_t block = k >> block_shift;
-        const __mmask32 inside = first_words((K - k) / 4);
+        const __mmask32 inside = FULL ? ~__mmask32(0) : first_words((K - k) / 4);
         Table<BLOCKS> tables[ROWS];
         __m512i words[ROWS];
         unroll<ROWS>([&](auto r) {
             const uint8_t* at = codes + (r * K + k) / 2;
-            _mm_prefetch(reinterpret_cast<const char*>(at + ROWS * K / 2), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(at + ROWS * K / 2), _MM_HINT_T1);
             words[r] = _mm512_maskz_loadu_epi16(inside, at);
-            tables[r] = make_table<BLOCKS>(codebook, absmax + r * row_blocks + block, row_blocks - block);
+            tables[r] = make_table<BLOCKS, FULL>(codebook, absmax + r * row_blocks + block, row_blocks - block);
         });
         unroll<4>([&](auto j) {
             __m512bh values[M];
@@ -87,7 +88,10 @@ void tile(const LinearRows& rows, int64_t n, int64_t m) {
                 unroll<M>([&](auto i) { sums[r][i] = _mm512_dpbf16_ps(sums[r][i], weights, values[i]); });
             });
         });
-    }
+    };
+    int64_t k = 0;
+    for (; k + CHUNK <= K; k += CHUNK) chunk(k, std::true_type());
+    if (k < K) chunk(k, std::false_type());
     unroll<ROWS>([&](auto r) {
         unroll<M>([&](auto i) { rows.y[(m + i) * rows.rows + n + r] = _mm512_reduce_add_ps(sums[r][i]); });
     });
