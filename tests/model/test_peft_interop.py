@@ -80,7 +80,7 @@ def same_weights(packed: nn.Module, dense: nn.Module) -> nn.Module:
 
 
 class Bases:
-    """One model folder, opened afresh: by fourbit in 4 bits or whole, by transformers with the same weights."""
+    """One model folder, opened afresh: by fourbit in 4 bits or whole, by transformers with those weights."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
