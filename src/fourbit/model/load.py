@@ -13,22 +13,24 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from fourbit.errors import FourBitError, ModelError
+from fourbit.errors import ModelError
 from fourbit.model import tokenizer as tokenizers
+from fourbit.model.base import (
+    canonical_name,
+    check_readable,
+    guard,
+    locate,
+    make_skeleton,
+    quantized_weights,
+    read_config,
+)
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.formats import bnb, gguf, hf
 from fourbit.model.formats.lazy import LazyTensor, OriginalTensor
-from fourbit.model.quantizer import FourBitConfig, FourBitQuantizer, linear_names
+from fourbit.model.quantizer import FourBitConfig, linear_names
 from fourbit.nn.linear import Linear4bit
 
 
@@ -85,20 +87,16 @@ def load(
     """
     target = choose_device(device)
     compute = choose_compute_dtype(compute_dtype, target)
-    source = _locate(os.fspath(path), revision)
+    source = locate(os.fspath(path), revision)
     is_gguf = source.is_file()
-    config = _guard(source, partial(_read_config, source, is_gguf, trust_remote_code))
+    config = guard(source, partial(read_config, source, is_gguf, trust_remote_code))
     tokenizer = (
         gguf.read_tokenizer(source) if is_gguf else tokenizers.read_tokenizer(source, trust_remote_code)
     )
     tokenizers.ensure_pad_token(tokenizer)
 
     stored = getattr(config, "quantization_config", None)
-    if stored is not None and not bnb.is_bnb_4bit(stored):
-        raise ModelError(
-            f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); "
-            "give the 16-bit model"
-        )
+    check_readable(os.fspath(path), stored)
     tensors, settings = _open(
         source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code
     )
@@ -119,52 +117,6 @@ def load_report(model: nn.Module) -> LoadReport:
     return cast(LoadReport, model.fourbit_report)
 
 
-def _locate(path: str, revision: str | None) -> Path:
-    local = Path(path).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").exists():
-            files = sorted(local.glob("*.gguf"))
-            hint = f"give the file itself: {files[0]}" if files else "a model folder has one"
-            raise ModelError(f"{path}: no config.json here; {hint}")
-        return local
-    if local.is_file():
-        if local.suffix != ".gguf":
-            raise ModelError(f"{path}: give a model folder, a hub name, or a .gguf file")
-        return local
-    if local.suffix == ".gguf" or local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise ModelError(f"{path}: no such model folder or .gguf file")
-    return _download(path, revision)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
-        )
-    except GatedRepoError:
-        raise ModelError(f"{name}: gated; accept its licence on the hub, then `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{name}: no such folder, and no such model on the hub (private ones need `hf auth login`)"
-        ) from None
-    except (LocalEntryNotFoundError, OSError):
-        raise ModelError(
-            f"{name}: no such folder, and the hub cannot be reached; download it first, or check the name"
-        ) from None
-    return Path(folder)
-
-
-def _read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> PretrainedConfig:
-    if is_gguf:
-        return gguf.read_config(source)
-    return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-
-
 def _open(
     source: Path,
     config: PretrainedConfig,
@@ -179,13 +131,13 @@ def _open(
     if stored is not None:
         tensors, scheme = bnb.convert_names(hf.open_folder(source), str(source))
         del config.quantization_config
-        skeleton = _skeleton(config, trust_remote_code)
+        skeleton = make_skeleton(config, trust_remote_code)
         left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
         settings = FourBitConfig(
             scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left
         )
         return tensors, settings
-    skeleton = _skeleton(config, trust_remote_code)
+    skeleton = make_skeleton(config, trust_remote_code)
     tensors = gguf.open_file(source, skeleton) if is_gguf else hf.open_folder(source)
     if quant_type == "none":
         return tensors, None
@@ -193,20 +145,10 @@ def _open(
     return _keep_precision(tensors, skeleton), settings
 
 
-def _skeleton(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model
-
-
 def _keep_precision(tensors: dict[str, LazyTensor], skeleton: PreTrainedModel) -> dict[str, Any]:
-    skipped = FourBitQuantizer.get_modules_to_not_convert(
-        skeleton, None, list(skeleton._keep_in_fp32_modules or ())
-    )
-    names = {f"{name}.weight" for name in linear_names(skeleton, skipped)}
-    prefix = f"{skeleton.base_model_prefix}."
+    names = quantized_weights(skeleton)
     return {
-        key: OriginalTensor(tensor) if key in names or prefix + key in names else tensor
+        key: OriginalTensor(tensor) if canonical_name(key, skeleton) in names else tensor
         for key, tensor in tensors.items()
     }
 
@@ -220,7 +162,7 @@ def _build(
     device: torch.device,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    model_class = type(_skeleton(config, trust_remote_code))
+    model_class = type(make_skeleton(config, trust_remote_code))
     arguments: dict[str, Any] = {
         "config": config,
         "state_dict": tensors,
@@ -233,7 +175,7 @@ def _build(
         arguments["device_map"] = {"": device}
     try:
         with _quiet_transformers():
-            model, info = _guard(source, lambda: model_class.from_pretrained(None, **arguments))
+            model, info = guard(source, lambda: model_class.from_pretrained(None, **arguments))
     except ModelError:
         if settings is not None and settings._failure is not None:
             raise settings._failure from None
@@ -264,16 +206,6 @@ def _quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bar:
             hf_logging.enable_progress_bar()
-
-
-def _guard(source: Path, action: Any) -> Any:
-    try:
-        return action()
-    except FourBitError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise ModelError(f"{source}: cannot be loaded ({reason})") from error
 
 
 def _report(path: str, model: PreTrainedModel, settings: FourBitConfig | None, reason: str) -> LoadReport:

@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 _PLAIN_EVERY_SECONDS = 15.0
+#: Redraws a second: each takes time from the training that it shows.
+_REDRAWS = 2
+#: Columns that the line takes with its bar; a narrower terminal gets a shorter line.
+_WIDE = 106
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,17 @@ class StepView:
     seconds_left: float
     peak_bytes: int
 
-    def text(self) -> str:
-        minutes, seconds = divmod(round(self.seconds_left), 60)
-        return (
-            f"loss {self.loss:.3f}  lr {self.learning_rate:.1e}  grad {self.grad_norm:.2f}  "
-            f"{self.tokens_per_second:,.0f} tok/s  {minutes}:{seconds:02d} left  "
-            f"peak {self.peak_bytes / 1e9:.2f} GB"
-        )
+    def text(self, wide: bool = True) -> str:
+        """All figures in at most 73 characters, or 64 where the terminal is narrow."""
+        parts = [
+            f"loss {self.loss:.3f}",
+            f"lr {self.learning_rate:.1e}",
+            f"grad {self.grad_norm:.2f}",
+            f"{self.tokens_per_second:,.0f} tok/s",
+            f"{_clock(self.seconds_left)} left",
+            f"{'peak ' if wide else ''}{self.peak_bytes / 1e9:.2f} GB",
+        ]
+        return ("  " if wide else " ").join(parts)
 
 
 class ProgressLine:
@@ -43,12 +51,13 @@ class ProgressLine:
         self._task: TaskID | None = None
         self._printed = time.monotonic()
         if console.is_terminal:
+            bar = [BarColumn(bar_width=20)] if console.width >= _WIDE else []
             columns = (
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
+                *bar,
                 TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, console=console)
+            self._bar = Progress(*columns, console=console, refresh_per_second=_REDRAWS)
             self._task = self._bar.add_task("", total=total, completed=done)
 
     def __enter__(self) -> ProgressLine:
@@ -62,7 +71,9 @@ class ProgressLine:
 
     def show(self, view: StepView) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=view.step, description=view.text())
+            self._bar.update(
+                self._task, completed=view.step, description=view.text(self._console.width >= _WIDE)
+            )
         elif time.monotonic() - self._printed >= _PLAIN_EVERY_SECONDS or view.step in (1, self._total):
             self._printed = time.monotonic()
             self._console.print(
@@ -71,3 +82,9 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourbit.codebooks import codebook, dynamic_map
 from fourbit.errors import ModelError
 from fourbit.model.formats.lazy import LazyTensor
+from fourbit.nn.linear import Linear4bit
 from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 _MARK = ".quant_state.bitsandbytes__"
@@ -73,6 +74,40 @@ def convert_names(tensors: dict[str, LazyTensor], where: str) -> tuple[dict[str,
     quant_type, block_size, nested = next(iter(schemes))
     modules = frozenset(weight.removesuffix(".weight") for weight in states)
     return result, BnbScheme(quant_type, block_size, nested, modules)
+
+
+def restored(
+    tensors: dict[str, LazyTensor], scheme: BnbScheme, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, LazyTensor]:
+    """What `convert_names` returned with every quantized weight as its fp32 values [out, in] instead."""
+    packed = {
+        f"{name}.{leaf}" for name in scheme.quantized for leaf in ("weight", "weight_absmax", "weight_consts")
+    }
+    result = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    for module in scheme.quantized:
+        name = f"{module}.weight"
+
+        if name not in shapes:
+            raise ModelError(f"4-bit weight '{name}' has no place in the model that the config describes")
+
+        def read(name: str = name) -> Tensor:
+            rows, columns = shapes[name]
+            layer = Linear4bit(
+                columns,
+                rows,
+                bias=False,
+                quant_type=scheme.quant_type,
+                block_size=scheme.block_size,
+                double_quant=scheme.double_quant,
+                device="meta",
+            )
+            for leaf in ("weight", "weight_absmax", *(("weight_consts",) if scheme.double_quant else ())):
+                stored = tensors[name.removesuffix("weight") + leaf].read()
+                setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))
+            return layer.dequantize(torch.float32)
+
+        result[name] = LazyTensor(read, torch.float32, shapes[name])
+    return result
 
 
 def to_bnb(prefix: str, q: QuantizedTensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ tensor processors.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def read_config(file: Path) -> PretrainedConfig:
 def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer and its chat template from the file's metadata."""
     return _guard(file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name))
+
+
+def read_metadata(file: Path, key: str) -> str | None:
+    """One text of the file's metadata, such as general.license, or None."""
+    from gguf import GGUFReader
+
+    field = _guard(file, lambda: GGUFReader(str(file))).get_field(key)
+    return str(field.contents()) if field is not None else None
 
 
 def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
@@ -57,7 +66,9 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
             continue
         if entry.name not in names:
             raise ModelError(f"{file}: tensor '{entry.name}' has no place in a {architecture} model")
-        tensors[names[entry.name]] = LazyTensor(_reader(file, entry, processor), torch.float32)
+        name = names[entry.name]
+        shape = tuple(skeleton.get_parameter(name).shape)
+        tensors[name] = LazyTensor(_reader(file, entry, processor), torch.float32, shape)
     return tensors
 
 
@@ -67,9 +78,20 @@ def _reader(file: Path, entry: Any, processor: Any) -> Callable[[], Tensor]:
 
         values = _guard(file, lambda: dequantize(entry.data, entry.tensor_type), entry.name)
         result = processor.process(weights=values, name=entry.name)
-        return torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))
+        tensor = torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))
+        _forget(entry.data)
+        return tensor
 
     return read
+
+
+def _forget(data: Any) -> None:
+    """Let go of the file's pages that a read has touched; they would add up to the whole file."""
+    mapping: Any = data
+    while mapping is not None and not isinstance(mapping, mmap.mmap):
+        mapping = getattr(mapping, "base", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _guard(file: Path, action: Callable[[], Any], tensor: str | None = None) -> Any:

@@ -68,12 +68,18 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
         raise ModelError(f"{file}: truncated or damaged ({error}); download it again") from None
 
     def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: handle.get_tensor(name)
+        def read() -> Tensor:
+            # Opened anew: the pages that a read maps stay resident as long as its handle or its tensor.
+            with safe_open(str(file), framework="pt") as own:
+                return own.get_tensor(name)
+
+        return read
 
     tensors = {}
     for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
-        stored = handle.get_slice(name).get_dtype()
+        entry = handle.get_slice(name)
+        stored = entry.get_dtype()
         if stored not in _DTYPES:
             raise ModelError(f"{file}: tensor '{name}' has dtype {stored}, which cannot be read")
-        tensors[name] = LazyTensor(reader(name), _DTYPES[stored])
+        tensors[name] = LazyTensor(reader(name), _DTYPES[stored], tuple(entry.get_shape()))
     return tensors

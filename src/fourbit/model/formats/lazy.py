@@ -17,10 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a known dtype whose values are produced by `read()`."""
+    """A tensor of a known dtype whose values are produced by `read()`; its shape where the source says."""
 
     read: Callable[[], Tensor]
     dtype: torch.dtype
+    shape: tuple[int, ...] | None = None
 
     def __getitem__(self, index: object) -> Tensor:
         return self.read()

@@ -1,0 +1,190 @@
+"""A base opened but not read: where it lies, its names and shapes, and its tensors on demand.
+
+`fourbit.load` builds a model from this; what merges or exports streams through it without one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fourbit.errors import FourBitError, ModelError
+from fourbit.model.formats import bnb, gguf, hf
+from fourbit.model.formats.lazy import LazyTensor
+from fourbit.model.quantizer import FourBitQuantizer, linear_names
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened base.
+
+    path      its folder or .gguf file
+    config    without quantization_config
+    skeleton  the model on the meta device
+    tensors   every weight in 16 or 32 bits, by the skeleton's name; 4-bit ones are restored to fp32
+    scheme    how the checkpoint is quantized, or None for 16-bit and GGUF weights
+    """
+
+    path: Path
+    config: PretrainedConfig
+    skeleton: PreTrainedModel
+    tensors: dict[str, LazyTensor]
+    scheme: bnb.BnbScheme | None
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Weights that are another one: name -> name of the one that is stored."""
+        return dict(self.skeleton.all_tied_weights_keys)
+
+
+def open_base(
+    path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> Base:
+    """Open a folder, hub name, bitsandbytes 4-bit checkpoint or .gguf file without reading its weights.
+
+    Raises ModelError for what cannot be read, is quantized otherwise, or lacks weights.
+    """
+    place = locate(os.fspath(path), revision)
+    config = guard(place, partial(read_config, place, place.is_file(), trust_remote_code))
+    stored = getattr(config, "quantization_config", None)
+    check_readable(os.fspath(path), stored)
+    scheme = None
+    if stored is not None:
+        packed, scheme = bnb.convert_names(hf.open_folder(place), str(place))
+        del config.quantization_config
+    skeleton = guard(place, partial(make_skeleton, config, trust_remote_code))
+    if scheme is not None:
+        tensors = bnb.restored(packed, scheme, {name: tuple(p.shape) for name, p in _weights(skeleton)})
+    else:
+        tensors = gguf.open_file(place, skeleton) if place.is_file() else hf.open_folder(place)
+    tensors = {canonical_name(name, skeleton): tensor for name, tensor in tensors.items()}
+    base = Base(place, config, skeleton, tensors, scheme)
+    _check_complete(base)
+    return base
+
+
+def check_readable(path: str, stored: dict[str, Any] | None) -> None:
+    """Raise ModelError for weights quantized by another method than bitsandbytes 4-bit."""
+    if stored is not None and not bnb.is_bnb_4bit(stored):
+        raise ModelError(
+            f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); "
+            "give the 16-bit model"
+        )
+
+
+def quantized_weights(skeleton: PreTrainedModel) -> set[str]:
+    """Names of the weights that a load in 4 bits quantizes: linear layers but the head and tied ones."""
+    skipped = FourBitQuantizer.get_modules_to_not_convert(
+        skeleton, None, list(skeleton._keep_in_fp32_modules or ())
+    )
+    return {f"{name}.weight" for name in linear_names(skeleton, skipped)}
+
+
+def canonical_name(name: str, skeleton: PreTrainedModel) -> str:
+    """A tensor's name in the model: checkpoints of the bare decoder leave its prefix out."""
+    prefix = f"{skeleton.base_model_prefix}."
+    if name.startswith(prefix) or not _has(skeleton, prefix + name):
+        return name
+    return name if _has(skeleton, name) else prefix + name
+
+
+def locate(path: str, revision: str | None) -> Path:
+    """The folder or .gguf file of a base, downloaded if it is a hub name. Raises ModelError."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            files = sorted(local.glob("*.gguf"))
+            hint = f"give the file itself: {files[0]}" if files else "a model folder has one"
+            raise ModelError(f"{path}: no config.json here; {hint}")
+        return local
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise ModelError(f"{path}: give a model folder, a hub name, or a .gguf file")
+        return local
+    if local.suffix == ".gguf" or local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise ModelError(f"{path}: no such model folder or .gguf file")
+    return _download(path, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md"],
+        )
+    except GatedRepoError:
+        raise ModelError(f"{name}: gated; accept its licence on the hub, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{name}: no such folder, and no such model on the hub (private ones need `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, OSError):
+        raise ModelError(
+            f"{name}: no such folder, and the hub cannot be reached; download it first, or check the name"
+        ) from None
+    return Path(folder)
+
+
+def read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's configuration, from config.json or GGUF metadata."""
+    if is_gguf:
+        return gguf.read_config(source)
+    return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+
+
+def make_skeleton(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def guard(source: Path, action: Any) -> Any:
+    """Run an action of transformers; what it raises becomes a ModelError that names the source."""
+    try:
+        return action()
+    except FourBitError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ModelError(f"{source}: cannot be loaded ({reason})") from error
+
+
+def _weights(skeleton: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    return list(skeleton.named_parameters(remove_duplicate=False))
+
+
+def _has(skeleton: PreTrainedModel, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return hasattr(skeleton.get_submodule(owner), leaf)
+    except AttributeError:
+        return False
+
+
+def _check_complete(base: Base) -> None:
+    tied = base.tied
+    for name, parameter in _weights(base.skeleton):
+        tensor = base.tensors.get(name)
+        if tensor is None:
+            if name not in tied:
+                raise ModelError(f"{base.path}: lacks '{name}'; the checkpoint is incomplete")
+        elif tensor.shape is not None and tensor.shape != tuple(parameter.shape):
+            raise ModelError(
+                f"{base.path}: '{name}' has shape {list(tensor.shape)}, "
+                f"the config says {list(parameter.shape)}"
+            )
