@@ -62,12 +62,15 @@ class TestList:
         (adapters / "loose/adapter_model.safetensors").write_bytes(b"no")
         code, out, error = fourbit("adapters", "list", ".")
         assert (code, error) == (4, "")
-        assert "2 adapters" in out
-        assert "1.2500" in out
+        lines = out.splitlines()
+        assert lines[0] == "runs/one/adapter"
+        assert lines[1].startswith("  LoRA, rank 2, alpha 8, 0.00 M parameters, 0.0 MB, SHA-256 ")
+        assert lines[3] == "  base model; held-out loss 1.2500"
+        assert lines[5].startswith("  rsLoRA, rank 4, alpha 8")
         assert "loose/adapter_model.safetensors: cannot be read" in out
 
     def test_none(self, fourbit: Fourbit) -> None:
-        assert fourbit("adapters", "list", "model")[0] == 0
+        assert fourbit("adapters", "list", "model") == (0, "no adapters there\n", "")
         code, _, error = fourbit("adapters", "list", "nowhere")
         assert (code, error) == (4, "fourbit adapters: error: nowhere: no such folder\n")
 
@@ -124,7 +127,7 @@ class TestCombine:
         )  # fmt: skip
         assert code == 0
         assert "both: svd of 2 adapters, rank 3, 14 layers" in out
-        assert "% away from the weighted sum" in out
+        assert " % away from the weighted sum" in out
         assert "-0.3" in out
         assert "combined" in out
 

@@ -140,33 +140,30 @@ def _heldout_loss(path: Path, steps: list[Step]) -> float | None:
 
 
 def _print_list(found: list[dict[str, Any]], unreadable: list[str], out: Console) -> None:
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{len(found):,} adapters", title_justify="left", show_lines=True
-    )
-    for column in ("adapter", "base", "rank", "alpha", "layers", "MB", "held-out", "SHA-256"):
-        right = column in ("rank", "alpha", "MB", "held-out")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    """A few lines for each: a table of names and paths would not fit a terminal."""
     for entry in found:
         ranks = entry["ranks"]
-        rank = "" if not ranks else f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        alpha = "" if entry["alpha"] is None else f"{entry['alpha']:g}{'*' if entry['patterns'] else ''}"
-        made = " > ".join(entry["steps"])
-        saved = f"; whole: {', '.join(entry['saved'])}" if entry["saved"] else ""
-        table.add_row(
-            Text("\n".join(part for part in (entry["folder"], made) if part)),
-            Text(Path(entry["base"]).name if entry["base"] else ""),
-            rank,
-            alpha,
-            Text(f"{entry['variant']}: {', '.join(entry['targets'])}{saved}"),
-            f"{entry['bytes'] / 1e6:.1f}",
-            "" if entry["heldout_loss"] is None else f"{entry['heldout_loss']:.4f}",
-            entry["sha256"][:12],
-        )
-    out.print(table)
-    if any(entry["patterns"] for entry in found):
-        out.print("* some layers have their own rank or alpha", highlight=False)
+        rank = f", rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}" if ranks else ""
+        alpha = "" if entry["alpha"] is None else f", alpha {entry['alpha']:g}"
+        patterns = " (other ranks or alphas in some layers)" if entry["patterns"] else ""
+        made = [f"base {Path(entry['base']).name}"] if entry["base"] else []
+        if entry["heldout_loss"] is not None:
+            made.append(f"held-out loss {entry['heldout_loss']:.4f}")
+        made += [" > ".join(entry["steps"])] if entry["steps"] else []
+        size = f"{entry['parameters'] / 1e6:.2f} M parameters, {entry['bytes'] / 1e6:.1f} MB"
+        lines = [
+            f"{entry['variant']}{rank}{alpha}{patterns}, {size}, SHA-256 {entry['sha256'][:12]}",
+            f"on {', '.join(entry['targets'])}" if entry["targets"] else "",
+            f"whole modules: {', '.join(entry['saved'])}" if entry["saved"] else "",
+            "; ".join(made),
+        ]
+        out.print(Text(entry["folder"], "bold"), soft_wrap=True)
+        for line in filter(None, lines):
+            out.print(Text(f"  {line}"), soft_wrap=True)
     for line in unreadable:
         out.print(Text(line, "red"), soft_wrap=True)
+    if not found and not unreadable:
+        out.print("no adapters there")
 
 
 def run_combine(args: argparse.Namespace) -> int:
@@ -261,7 +258,7 @@ def _print_combination(
     result: Combination, weights: dict[Path, float], scores: dict[str, dict[str, Any]], out: Console
 ) -> None:
     exact = result.deviation < 1e-6
-    distance = "the weighted sum exactly" if exact else f"{result.deviation:.1%} away from the weighted sum"
+    distance = "the weighted sum exactly" if exact else f"{100 * result.deviation:.2g} % away from the weighted sum"
     out.print(
         f"{result.folder}: {result.combination_type} of {len(weights)} adapters, rank {result.rank}, "
         f"{result.layers:,} layers, {result.parameters / 1e6:.2f} M parameters; {distance}",
@@ -273,8 +270,8 @@ def _print_combination(
     rows = next(iter(scores.values()))["rows"]
     table = Table(box=box.SIMPLE_HEAD, title=f"{rows:,} rows", title_justify="left")
     table.add_column("adapter", overflow="fold")
-    for column in ("weight", "held-out loss", "perplexity", "exact match [95 %]"):
-        table.add_column(column, justify="right")
+    for column in ("weight", "loss", "right [95 %]"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, score in scores.items():
         weight = weights.get(Path(name))
         found = ""
@@ -284,7 +281,6 @@ def _print_combination(
             Text(name),
             "combined" if weight is None else f"{weight:g}",
             f"{score['heldout_loss']:.4f}",
-            f"{score['perplexity']:.2f}",
             found,
         )
     out.print(table)
