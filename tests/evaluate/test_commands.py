@@ -1,54 +1,14 @@
-"""`fourbit eval` and `fourbit chat` as a user runs them."""
+"""`fourbit eval` as a user runs it."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM
 
-from fourbit.cli.chat import Chat
-from fourbit.cli.main import main
-from fourbit.cli.subject import Subject
-from fourbit.evaluate.generate import GREEDY
 from fourbit.model.adapters import add_lora
-from tests.evaluate.conftest import COLORS, build
-from tests.tiny import byte_tokenizer
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()  # what fixtures printed
-        code = main(list(words))
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return call
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path, learned: LlamaForCausalLM) -> str:
-    folder = tmp_path / "model"
-    learned.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def adapter_folder(tmp_path: Path) -> str:
-    """An adapter that changes the base so much that it answers otherwise."""
-    folder = tmp_path / "adapter"
-    add_lora(build("llama"), r=4, init_lora_weights=False).save_pretrained(
-        str(folder), save_embedding_layers=False
-    )
-    return str(folder)
+from tests.evaluate.conftest import COLORS, Run, build
 
 
 @pytest.fixture
@@ -161,96 +121,3 @@ class TestEval:
         assert found == code
         assert message in error
         assert error.count("\n") == 1
-
-
-class TestChat:
-    @pytest.fixture
-    def typed(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-        return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
-
-    def test_one_line_for_each_line(self, run: Run, typed: Any, model_folder: str) -> None:
-        typed("grass?\n\nsky?\n/exit\nblood?\n")
-        code, out, _ = run("chat", "--model", model_folder, *PLAIN)
-        assert (code, out) == (0, "green\n\nblue\n")
-
-    def test_switching_the_adapter(
-        self, run: Run, typed: Any, model_folder: str, adapter_folder: str
-    ) -> None:
-        typed("snow?\n/base\nsnow?\n/adapter\nsnow?\n")
-        code, out, _ = run(
-            "chat", "--model", model_folder, "--adapter", adapter_folder, *PLAIN, "--max-new-tokens", "6"
-        )
-        lines = out.split("\n")
-        assert code == 0
-        assert len(lines) == 4
-        assert lines[1] == "white" != lines[0] == lines[2]
-
-    def test_bad_sampling(self, run: Run, model_folder: str) -> None:
-        code, _, error = run("chat", "--model", model_folder, "--temperature", "-1")
-        assert (code, "temperature is -1.0" in error) == (2, True)
-
-    @pytest.fixture
-    def chat(self, learned: LlamaForCausalLM) -> Chat:
-        return Chat(Subject(learned, byte_tokenizer(), has_adapter=False), None, GREEDY, 8)
-
-    def test_history_and_system(self, chat: Chat) -> None:
-        assert "".join(chat.answer("sky?")) == "blue"
-        assert [turn["content"] for turn in chat.turns] == ["sky?", "blue"]
-        assert "system message set" in (chat.command("/system Be brief.") or "")
-        assert (chat.system, chat.turns) == ("Be brief.", [])
-        list(chat.answer("sky?"))
-        text = byte_tokenizer().decode(chat._prompt())
-        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nsky?<|im_end|>")
-        assert "no system message" in (chat.command("/system") or "")
-        assert chat.command("/reset") == "conversation forgotten"
-        assert "/exit" in (chat.command("/help") or "")
-        assert chat.command("/base") == "there is no adapter: the base answers"
-        assert chat.command("/nothing") is None
-
-    def test_an_interrupted_answer_stays(self, chat: Chat) -> None:
-        answer: Iterator[str] = chat.answer("grass?")
-        assert next(answer) == "g"
-        with pytest.raises(KeyboardInterrupt):
-            answer.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
-        assert chat.turns[-1] == {"role": "assistant", "content": "g"}
-        assert "".join(chat.answer("sky?")) != ""
-
-    def test_at_a_terminal(self, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fourbit.cli.chat import _talk
-
-        lines = iter(["sky?", "/hlep", "/exit"])
-        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-        out = io.StringIO()
-        _talk(chat, out)
-        assert out.getvalue().splitlines()[1:] == [
-            "blue",
-            "no command '/hlep' (did you mean '/help'?); /help lists them",
-        ]
-
-    def test_ctrl_c_stops_the_answer_only(self, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fourbit.cli import chat as command
-
-        lines = iter(["grass?", KeyboardInterrupt, "sky?", EOFError])
-
-        def typed(prompt: str) -> str:
-            line = next(lines)
-            if not isinstance(line, str):
-                raise line
-            return line
-
-        class Impatient(io.StringIO):
-            """A terminal whose user presses Ctrl-C at the second letter of the first answer."""
-
-            pressed = False
-
-            def write(self, text: str) -> int:
-                if text == "r" and not self.pressed:
-                    self.pressed = True
-                    raise KeyboardInterrupt
-                return super().write(text)
-
-        monkeypatch.setattr("builtins.input", typed)
-        out = Impatient()
-        command._talk(chat, out)
-        assert out.getvalue().splitlines()[1] == "g [stopped]"
-        assert out.getvalue().endswith("\n\n")

@@ -258,7 +258,9 @@ def _print_combination(
     result: Combination, weights: dict[Path, float], scores: dict[str, dict[str, Any]], out: Console
 ) -> None:
     exact = result.deviation < 1e-6
-    distance = "the weighted sum exactly" if exact else f"{100 * result.deviation:.2g} % away from the weighted sum"
+    distance = (
+        "the weighted sum exactly" if exact else f"{100 * result.deviation:.2g} % away from the weighted sum"
+    )
     out.print(
         f"{result.folder}: {result.combination_type} of {len(weights)} adapters, rank {result.rank}, "
         f"{result.layers:,} layers, {result.parameters / 1e6:.2f} M parameters; {distance}",

@@ -4,7 +4,10 @@
     cache.py       a KV cache with room to grow
     attention.py   the attention used meanwhile
     batching.py    batches of similar length
+    sampling.py    how the next token is drawn
     generate.py    answers in batches, or one of them streamed
+    prompt_cache.py  what a model has read of one text, so that a longer one costs its new tokens only
+    conversation.py  turns between a person and a base or its adapters
     labels.py      answers as the token ids that training trains
     trie.py        the labels of a closed set as a tree of tokens
     likelihood.py  the most likely label, exactly, without scoring every label
