@@ -201,6 +201,7 @@ class TestTerminal:
             "blue",
         ]
         assert lines[5] == "[other*]"
+        assert any(line.endswith(" [cut: /set max_new_tokens]") for line in lines)
         assert "[base*]" in lines
         assert "[other]" in lines
         assert lines[-3] == "base> blood?"
@@ -214,7 +215,7 @@ class TestTerminal:
 
     def test_too_long_a_conversation(self, chat: Conversation, session: Any) -> None:
         lines = session(chat, "x" * 600, "sky?")
-        assert lines[1].startswith("the conversation has 6")
+        assert lines[2].startswith("the conversation has 6")
         assert lines[-2] == "blue"
 
     def test_ctrl_c_stops_the_answer_only(self, chat: Conversation, session: Any) -> None:
@@ -273,9 +274,9 @@ class TestCommands:
         for _ in pair.answer("sky?"):
             pass
         file = tmp_path / "chat.jsonl"
-        assert say(f"/save {file}") == f"1 questions and answers written to {file}"
-        assert say("/undo") == "last question and answer forgotten, 0 left"
-        assert say(f"/load {file}") == f"1 questions and answers read from {file}"
+        assert say(f"/save {file}") == f"1 question and its answer written to {file}"
+        assert say("/undo") == "last question and answer forgotten; 0 questions and their answers left"
+        assert say(f"/load {file}") == f"1 question and its answer read from {file}"
         assert say("/system Be brief.") == "system message set, conversation forgotten"
         assert (pair.system, pair.turns) == ("Be brief.", [])
         assert say("/system") == "no system message, conversation forgotten"

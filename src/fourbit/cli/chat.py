@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fourbit.cli import slash
-from fourbit.cli.common import console
 from fourbit.cli.subject import read_subject_settings
 from fourbit.config import RunConfig
 from fourbit.errors import ConfigError, FourBitError, ModelError
@@ -118,11 +117,10 @@ def _open(args: argparse.Namespace, config: RunConfig, sampling: Any) -> Convers
     from fourbit.model.adapter_set import AdapterSet
     from fourbit.model.load import load
 
-    with console(json_output=True).status(f"loading {Path(base).name}"):
-        model, tokenizer = load(base, **config.model.model_dump(exclude={"path"}))
-        adapters = AdapterSet(model)
-        for name, folder in folders:
-            adapters.add(name, folder)
+    model, tokenizer = load(base, **config.model.model_dump(exclude={"path"}))
+    adapters = AdapterSet(model)
+    for name, folder in folders:
+        adapters.add(name, folder)
     system = args.system if args.system is not None else config.data.system
     return Conversation(adapters, tokenizer, system, sampling, args.max_new_tokens)
 
@@ -174,19 +172,25 @@ def _print_answers(conversation: Conversation, answers: Answers, out: TextIO) ->
     with closing(answers):
         try:
             for name, piece in answers:
-                if name != speaker and conversation.compare:
-                    mark = "*" if name == conversation.speaker else ""
-                    print(f"{'' if speaker is None else chr(10)}[{name}{mark}]", file=out)
+                if name != speaker:
+                    _end_answer(conversation, speaker, out)
+                    if conversation.compare:
+                        print(f"[{name}{'*' if name == conversation.speaker else ''}]", file=out)
                 speaker = name
                 print(piece, end="", flush=True, file=out)
         except KeyboardInterrupt:
-            print(" [stopped]", end="", file=out)
+            print(" [stopped]", file=out)
+        except FourBitError:
+            print(file=out)
+            raise
         else:
-            reply = conversation.replies.get(conversation.speaker)
-            if reply is not None and not reply.stopped:
-                print(" [cut: /set max_new_tokens]", end="", file=out)
+            _end_answer(conversation, speaker, out)
+
+
+def _end_answer(conversation: Conversation, speaker: str | None, out: TextIO) -> None:
     if speaker is not None:
-        print(file=out)
+        cut = not conversation.replies[speaker].stopped
+        print(" [cut: /set max_new_tokens]" if cut else "", file=out)
 
 
 def pipe(conversation: Conversation, prompts: Any, out: TextIO, as_json: bool) -> None:

@@ -73,8 +73,7 @@ def _reset(conversation: Conversation, argument: str) -> Outcome:
 
 def _undo(conversation: Conversation, argument: str) -> Outcome:
     conversation.undo()
-    left = len(conversation.turns) // 2
-    return Outcome(f"last question and answer forgotten, {left} left")
+    return Outcome(f"last question and answer forgotten; {_asked(conversation)} left")
 
 
 def _retry(conversation: Conversation, argument: str) -> Outcome:
@@ -87,14 +86,14 @@ def _save(conversation: Conversation, argument: str) -> Outcome:
     if not argument:
         raise ConfigError("/save FILE: say where, such as /save chat.jsonl")
     conversation.save(argument)
-    return Outcome(f"{len(conversation.turns) // 2} questions and answers written to {argument}")
+    return Outcome(f"{_asked(conversation)} written to {argument}")
 
 
 def _load(conversation: Conversation, argument: str) -> Outcome:
     if not argument:
         raise ConfigError("/load FILE: say which, such as /load chat.jsonl")
     conversation.load(argument)
-    return Outcome(f"{len(conversation.turns) // 2} questions and answers read from {argument}")
+    return Outcome(f"{_asked(conversation)} read from {argument}")
 
 
 def _adapters(conversation: Conversation, argument: str) -> Outcome:
@@ -119,6 +118,11 @@ def _compare(conversation: Conversation, argument: str) -> Outcome:
         return Outcome(f"only {conversation.speaker} answers")
     names = ", ".join(conversation.speakers)
     return Outcome(f"{names} all answer; the conversation goes on from {conversation.speaker}'s answer")
+
+
+def _asked(conversation: Conversation) -> str:
+    count = len(conversation.turns) // 2
+    return "1 question and its answer" if count == 1 else f"{count} questions and their answers"
 
 
 def _quit(conversation: Conversation, argument: str) -> Outcome:
