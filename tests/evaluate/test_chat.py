@@ -201,10 +201,14 @@ class TestTerminal:
             "blue",
         ]
         assert lines[5] == "[other*]"
-        assert any(line.endswith(" [cut: /set max_new_tokens]") for line in lines)
         assert "[base*]" in lines
         assert "[other]" in lines
         assert lines[-3] == "base> blood?"
+
+    def test_every_cut_answer_is_marked(self, pair: Conversation, session: Any) -> None:
+        lines = session(pair, "/compare", "/set max_new_tokens 1", "sky?")
+        assert lines[5:7] == ["[base]", "b [cut: /set max_new_tokens]"]
+        assert lines[-2].endswith(" [cut: /set max_new_tokens]")
 
     def test_retry_and_a_cut_answer(self, chat: Conversation, session: Any) -> None:
         lines = session(chat, "/set max_new_tokens=2", "grass?", "/retry")
