@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fourbit.cli.common import console, stage_progress
-from fourbit.cli.merge import add_origin_arguments, print_exported, read_places
+from fourbit.cli.merge import add_origin_arguments, print_exported
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,13 +46,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and print what serves the result."""
-    source, output = read_places(args)
     from fourbit.exporting.export import export
 
     with stage_progress("export", console(args.json)) as progress:
         result = export(
-            source,
-            output,
+            args.source,
+            args.output,
             to=args.to,
             adapter=args.adapter,
             quant=args.quant,

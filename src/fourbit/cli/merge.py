@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from fourbit.cli.common import console, print_json, stage_progress
-from fourbit.errors import ConfigError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,14 +27,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN OUT, or --model, --adapter and OUT; and what an adapter is merged into."""
+    """RUN or MODEL, OUT, --adapter; and what an adapter is merged into."""
     parser.add_argument(
-        "places",
-        nargs="+",
-        metavar="[RUN] OUT",
-        help="a run folder or a model, and what to write; OUT alone with --model",
+        "source", metavar="RUN", help="run folder, or a model: a folder, a hub name or a .gguf file"
     )
-    parser.add_argument("--model", help="instead of RUN: the base, a folder, a hub name or a .gguf file")
+    parser.add_argument("output", metavar="OUT", help="what to write")
     parser.add_argument("--adapter", help="PEFT adapter folder (default: the run's)")
     parser.add_argument(
         "--into",
@@ -50,28 +46,15 @@ def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_places(args: argparse.Namespace) -> tuple[str, str]:
-    """(what to start from, what to write). Raises ConfigError."""
-    places: list[str] = args.places
-    if args.model is not None:
-        if len(places) != 1:
-            raise ConfigError(f"with --model give OUT alone, not {' '.join(places)}")
-        return args.model, places[0]
-    if len(places) != 2:
-        raise ConfigError("give RUN and OUT, or --model, perhaps --adapter, and OUT")
-    return places[0], places[1]
-
-
 def run(args: argparse.Namespace) -> int:
     """Merge, and say into what."""
-    source, output = read_places(args)
     from fourbit.exporting.export import merge
 
     out = console(args.json)
     with stage_progress("merge", out) as progress:
         result = merge(
-            source,
-            output,
+            args.source,
+            args.output,
             adapter=args.adapter,
             into=args.into,
             original=args.original,

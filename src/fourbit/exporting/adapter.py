@@ -140,7 +140,7 @@ def _check_mergeable(folder: Path, config: dict[str, Any]) -> None:
         raise ModelError(f"{folder}: a {method} adapter; only LoRA adapters can be merged")
     if config.get("bias", "none") != "none":
         raise ModelError(
-            f"{folder}: trained biases (bias={config['bias']}) cannot be merged; train with none"
+            f"{folder}: bias={config['bias']}: trained biases cannot be merged; train with bias=none"
         )
     for key in _UNMERGEABLE:
         if config.get(key):

@@ -89,7 +89,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
 def _origin(model: Streamed, kind: str, chain: Sequence[provenance.Step]) -> str:
     base = model.base.path.stem if model.base.is_gguf else model.base.path.name
     form = {
-        "hf": f"in {str(model.config.dtype).removeprefix('torch.')}",
+        "hf": f"in {str(model.dtype).removeprefix('torch.')}",
         "bnb": "in 4 bits for bitsandbytes",
         "gguf": "as GGUF",
         "gptq": "in 4 bits by GPTQ",

@@ -195,11 +195,11 @@ def _to_gguf(request: _Request, quant: str) -> Exported:
 
 
 def _to_lora_gguf(request: _Request) -> Exported:
-    from fourbit.exporting.gguf import write_lora_gguf
-
     adapter = request.origin.adapter
     if adapter is None:
         raise ConfigError("lora-gguf writes an adapter: give a run folder, or a model and an adapter")
+    from fourbit.exporting.gguf import write_lora_gguf
+
     write_lora_gguf(adapter, open_base(request.origin.base).config, request.output)
     step = provenance.make_step("export", [provenance.describe("adapter", adapter)], {"to": "lora-gguf"})
     provenance.write(request.output, (*provenance.read(adapter), step))
@@ -208,12 +208,12 @@ def _to_lora_gguf(request: _Request) -> Exported:
 
 
 def _to_compressed(request: _Request, method: Literal["gptq", "awq"], data: Sequence[str]) -> Exported:
-    from fourbit.data.read import read_rows
-    from fourbit.exporting.compressed import quantize_for_serving
-
     settings = request.origin.run.data if request.origin.run is not None else None
     if settings is None and not data:
         raise ConfigError(f"{method} is calibrated on rows; give them with --data")
+    from fourbit.data.read import read_rows
+    from fourbit.exporting.compressed import quantize_for_serving
+
     settings = settings or DataSettings(train=tuple(data))
     rows = read_rows(data or settings.train, settings)
     request.output.parent.mkdir(parents=True, exist_ok=True)

@@ -156,6 +156,7 @@ def merged_tensors(
     return Merged(
         tensors={name: rounded(name, tensor, target_dtype) for name, tensor in tensors.items()},
         config=written,
+        dtype=target_dtype,
         base=opened,
         chain=(*(record or provenance.read(opened.path)), step),
         report=report,

@@ -92,5 +92,5 @@ def find_origin(source: str | os.PathLike[str], adapter: str | os.PathLike[str] 
             raise ModelError(f"{folder}: the run has no adapter yet; finish it with `fourbit train --resume`")
         return Origin(run.model.path, chosen, run)
     if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder}: an adapter alone; give its base with --model and this with --adapter")
+        raise ModelError(f"{folder}: an adapter alone; give its base, and this with --adapter")
     return Origin(os.fspath(source), Path(adapter) if adapter is not None else None, None)

@@ -35,6 +35,7 @@ class Streamed:
 
     tensors: dict[str, LazyTensor]
     config: PretrainedConfig
+    dtype: torch.dtype
     base: Base
     chain: tuple[provenance.Step, ...]
 
@@ -56,7 +57,7 @@ def stream_model(
         name: rounded(name, tensor, target) for name, tensor in base.tensors.items() if name not in base.tied
     }
     chain = tuple(provenance.read(base.path))
-    return Streamed(tensors, written_config(base, target), base, chain)
+    return Streamed(tensors, written_config(base, target), target, base, chain)
 
 
 def base_tokenizer(base: Base, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
