@@ -15,6 +15,7 @@ import fourbit as package
 from fourbit.exporting import provenance
 from tests.cli.conftest import Fourbit
 from tests.exporting.adapters import load_with_peft, logits
+from tests.tiny import save_llama
 
 SMALL = [
     *("--model", "model", "--data", "rows.jsonl", "--output", "run", "--set", "train.max_steps=2"),
@@ -104,6 +105,7 @@ def test_a_model_trained_whole_is_exported_as_it_is(fourbit: Fourbit, here: Path
 
 
 def test_one_line_for_each_mistake(fourbit: Fourbit, run: str, here: Path) -> None:
+    save_llama(here / "other", torch.float32)
     cases: list[tuple[str, int, str]] = [
         ("merge model out", 2, "model: no adapter to merge; give a run folder, or a model and an adapter"),
         ("merge run plain", 2, "plain: exists and is not empty; choose another folder, or --overwrite"),
@@ -115,12 +117,13 @@ def test_one_line_for_each_mistake(fourbit: Fourbit, run: str, here: Path) -> No
         ),
         ("merge run/adapter out", 4, "run/adapter: an adapter alone; give its base, and this with --adapter"),
         ("merge ./nowhere out --adapter run/adapter", 4, "./nowhere: no such model folder or .gguf file"),
-        ("merge plain out --adapter run/adapter", 4, "plain: not the base that run/adapter was trained on"),
+        ("merge other out --adapter run/adapter", 4, "other: not the base that run/adapter was trained on"),
         ("export run --to hf out --quant Q8_0", 2, "quant Q8_0 is for gguf; hf has none to choose"),
-        ("export run --to gguf out --dtype float16", 2, "dtype is not for gguf; choose the quant"),
-        ("export run --to bnb out --data rows.jsonl", 2, "data calibrates gptq and awq; bnb needs none"),
+        ("export run --to gguf out.gguf --dtype float16", 2, "dtype is not for gguf; choose the quant"),
+        ("export run --to bnb out --data rows.jsonl", 2, "data, group_size and install are for gptq"),
         ("export model --to gptq out", 2, "gptq is calibrated on rows; give them with --data"),
-        ("export model --to lora-gguf out", 2, "lora-gguf writes an adapter: give a run folder"),
+        ("export run --to gguf out", 2, "out: gguf is one file; name it out.gguf"),
+        ("export model --to lora-gguf out.gguf", 2, "lora-gguf writes an adapter: give a run folder"),
         ("export model --to hf out --into original", 2, "model: there is no adapter, so nothing is merged"),
     ]
     for command, expected, message in cases:

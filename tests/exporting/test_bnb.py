@@ -23,7 +23,7 @@ from fourbit.nn.linear import Linear4bit
 def test_codes_are_those_of_the_merged_weights(
     quant_type: str, block_size: int, double_quant: bool, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    merged = merged_tensors(base, adapter, dtype="float32")
+    merged = merged_tensors(base, adapter, dtype=None)
     result = write_bnb(
         merged,
         tmp_path / "out",
@@ -54,7 +54,7 @@ def test_codes_are_those_of_the_merged_weights(
 def test_bitsandbytes_itself_reads_it(base: Path, adapter: Path, tmp_path: Path) -> None:
     import bitsandbytes
 
-    merged = merged_tensors(base, adapter, dtype="float32")
+    merged = merged_tensors(base, adapter, dtype=None)
     write_bnb(merged, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
     layer = theirs.model.layers[0].self_attn.q_proj
@@ -66,7 +66,7 @@ def test_bitsandbytes_itself_reads_it(base: Path, adapter: Path, tmp_path: Path)
 
 
 def test_what_bitsandbytes_cannot_hold(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merged = merged_tensors(base, adapter, dtype="float32")
+    merged = merged_tensors(base, adapter, dtype=None)
     with pytest.raises(ModelError, match="int4 cannot be saved"):
         write_bnb(merged, tmp_path / "out", quant_type="int4")
     assert not (tmp_path / "out").exists()

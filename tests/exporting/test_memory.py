@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourbit.exporting.shards import ShardWriter
-from tests.exporting.adapters import save_adapter
 from tests.tiny import byte_tokenizer
 
 _LIMIT = 2_000_000_000
@@ -56,9 +56,17 @@ def test_one_billion_parameters_within_two_gigabytes(tmp_path: Path) -> None:
     writer.finish()
     config.save_pretrained(str(base))
     byte_tokenizer().save_pretrained(str(base))
-    small = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "vocab_size": 8, "dtype": "float32"}))
-    adapter = save_adapter(small, tmp_path / "adapter", target_modules="all-linear")
-    del small
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    parts: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        if name.endswith("_proj.weight"):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            parts[f"{key}.lora_A.weight"] = torch.randn(16, shape[1], generator=generator)
+            parts[f"{key}.lora_B.weight"] = torch.randn(shape[0], 16, generator=generator)
+    save_file(parts, str(adapter / "adapter_model.safetensors"))
+    settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 16}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
 
     words = [str(base), str(adapter), str(tmp_path / "merged"), str(tmp_path / "packed")]
     done = subprocess.run([sys.executable, "-c", _SCRIPT, *words], capture_output=True, text=True, check=True)

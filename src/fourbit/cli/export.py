@@ -39,6 +39,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="rows to calibrate gptq and awq on (default: the run's training rows)",
     )
+    parser.add_argument(
+        "--group-size", type=int, metavar="N", help="of gptq and awq (default: the largest that fits)"
+    )
+    parser.add_argument(
+        "--install",
+        action="store_true",
+        help="make the environment that gptq and awq need, where there is none (downloads up to 3 GB)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument("--json", action="store_true", help="print JSON, progress on standard error")
     parser.set_defaults(run=run)
@@ -60,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             any_base=args.any_base,
             data=args.data,
+            group_size=args.group_size,
+            install=args.install,
             overwrite=args.overwrite,
             progress=progress,
         )

@@ -82,7 +82,7 @@ def write_bnb(
 ) -> Requantized:
     """Quantize the linear layers of a model and write it for bitsandbytes, tensor by tensor.
 
-    model  best streamed in float32, so that a weight is rounded once
+    model  best streamed unrounded (dtype None), so that a weight is rounded once
     dtype  of embeddings, norms and the head
 
     Raises ModelError for a type that bitsandbytes lacks, QuantizationError for weights that are not

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fourbit.exporting import provenance
 from fourbit.exporting.serve import serving_commands
 from fourbit.exporting.streamed import Streamed
@@ -89,7 +91,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
 def _origin(model: Streamed, kind: str, chain: Sequence[provenance.Step]) -> str:
     base = model.base.path.stem if model.base.is_gguf else model.base.path.name
     form = {
-        "hf": f"in {str(model.dtype).removeprefix('torch.')}",
+        "hf": f"in {str(model.dtype or torch.float32).removeprefix('torch.')}",
         "bnb": "in 4 bits for bitsandbytes",
         "gguf": "as GGUF",
         "gptq": "in 4 bits by GPTQ",

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fourbit.config import DataSettings
+from transformers import PreTrainedTokenizerBase
+
+from fourbit.config import DataSettings, RunConfig
 from fourbit.errors import ConfigError
 from fourbit.exporting import provenance
 from fourbit.exporting.bnb import Requantized, write_bnb
+from fourbit.exporting.card import model_card
 from fourbit.exporting.folder import check_output
+from fourbit.exporting.folder import replace as replace_folder
 from fourbit.exporting.hf import write_hf
 from fourbit.exporting.merge import Merged, MergeReport, Target
 from fourbit.exporting.origin import Origin, find_origin
 from fourbit.exporting.serve import KINDS, serving_commands
 from fourbit.exporting.streamed import Progress, Streamed, choose_dtype
+from fourbit.model import tokenizer as tokenizers
 from fourbit.model.base import open_base
 
 Kind = Literal["hf", "bnb", "gguf", "lora-gguf", "gptq", "awq"]
@@ -60,11 +65,9 @@ class _Request:
     overwrite: bool
     progress: Progress | None
 
-    def stream(self, dtype: str | None = None) -> Streamed:
-        """The model to write; what is quantized on the way is streamed in float32, and so rounded once."""
-        return self.origin.streamed(
-            dtype or self.dtype, self.into, self.original, self.any_base, self.progress
-        )
+    def stream(self, dtype: str | None) -> Streamed:
+        """The model to write; in no dtype where the writer rounds, so that it is done once."""
+        return self.origin.streamed(dtype, self.into, self.original, self.any_base, self.progress)
 
 
 def merge(
@@ -110,21 +113,25 @@ def export(
     dtype: str | None = None,
     any_base: bool = False,
     data: Sequence[str] = (),
+    group_size: int | None = None,
+    install: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write a run, a model with an adapter, or a model alone in a format that a serving engine reads.
 
-    source  a run folder, or a model: a folder, hub name, 4-bit checkpoint or .gguf file
-    to      "hf" 16-bit safetensors, "bnb" 4-bit, "gguf", "lora-gguf" (the adapter alone), "gptq", "awq"
-    quant   of a gguf: F32, F16, BF16, Q8_0, Q4_0, Q4_K_M, ...; F16 when not given
-    dtype   of hf, and of what bnb, gptq and awq leave unquantized; bfloat16 when not given
-    data    rows to calibrate gptq and awq on; a run's training rows when not given
+    source      a run folder, or a model: a folder, hub name, 4-bit checkpoint or .gguf file
+    to          "hf" 16-bit safetensors, "bnb" 4-bit, "gguf", "lora-gguf" (the adapter alone), "gptq", "awq"
+    quant       of a gguf: F32, F16, BF16, Q8_0, Q4_0, Q4_K_M, ...; F16 when not given
+    dtype       of hf, and of what bnb, gptq and awq leave unquantized; bfloat16 when not given
+    data        rows to calibrate gptq and awq on; a run's training rows when not given
+    group_size  of gptq and awq: weights that share a scale; the largest that fits when not given
+    install     make the environment that gptq and awq need, where there is none
 
     An adapter is merged on the way; `into`, `original` and `any_base` are those of `fourbit.merge`.
     Raises ConfigError, DataError or ModelError in one line; nothing is written then.
     """
-    _check_request(to, quant, dtype, data)
+    _check_request(to, Path(output), quant, dtype, bool(data or group_size or install))
     chosen = dtype or "bfloat16"
     choose_dtype(chosen)
     origin = find_origin(source, adapter)
@@ -138,22 +145,24 @@ def export(
         return _to_gguf(request, quant or "F16")
     if to == "lora-gguf":
         return _to_lora_gguf(request)
-    return _to_compressed(request, to, data)
+    return _to_compressed(request, to, data, {"group_size": group_size, "install": install})
 
 
-def _check_request(to: str, quant: str | None, dtype: str | None, data: Sequence[str]) -> None:
+def _check_request(to: str, output: Path, quant: str | None, dtype: str | None, calibrated: bool) -> None:
     if to not in KINDS:
         raise ConfigError(f"export to '{to}': must be one of {', '.join(KINDS)}")
     if quant is not None and to != "gguf":
         raise ConfigError(f"quant {quant} is for gguf; {to} has none to choose")
     if dtype is not None and to in ("gguf", "lora-gguf"):
         raise ConfigError(f"dtype is not for {to}; choose the quant of a gguf, such as F16 or Q8_0")
-    if data and to not in ("gptq", "awq"):
-        raise ConfigError(f"data calibrates gptq and awq; {to} needs none")
+    if calibrated and to not in ("gptq", "awq"):
+        raise ConfigError(f"data, group_size and install are for gptq and awq; {to} needs none of them")
+    if to in ("gguf", "lora-gguf") and output.suffix != ".gguf":
+        raise ConfigError(f"{output}: {to} is one file; name it {output.name}.gguf")
 
 
 def _to_hf(request: _Request) -> Exported:
-    model = request.stream()
+    model = request.stream(request.dtype)
     step = provenance.make_step("export", [], {"to": "hf", "dtype": request.dtype})
     size = write_hf(
         model,
@@ -166,7 +175,7 @@ def _to_hf(request: _Request) -> Exported:
 
 
 def _to_bnb(request: _Request) -> Exported:
-    model = request.stream("float32")
+    model = request.stream(None)
     run = request.origin.run
     scheme: dict[str, Any] = {}
     if run is not None and run.model.quant_type in ("nf4", "fp4"):
@@ -183,12 +192,14 @@ def _to_bnb(request: _Request) -> Exported:
 
 
 def _to_gguf(request: _Request, quant: str) -> Exported:
-    from fourbit.exporting.gguf import write_gguf
+    from fourbit.exporting.gguf.write import write_gguf
 
-    model = request.stream("float32")
-    write_gguf(
-        model.tensors, model.config, model.tokenizer(), request.output, quant=quant, progress=request.progress
-    )
+    def progress(done: int, total: int) -> None:
+        if request.progress is not None:
+            request.progress("write the file", done, total)
+
+    model = request.stream(None)
+    write_gguf(model.tensors, model.config, model.tokenizer(), request.output, quant, progress)
     step = provenance.make_step("export", [], {"to": "gguf", "quant": quant})
     provenance.write(request.output, (*model.chain, step))
     return _exported(request, "gguf", request.output.stat().st_size, model)
@@ -198,38 +209,62 @@ def _to_lora_gguf(request: _Request) -> Exported:
     adapter = request.origin.adapter
     if adapter is None:
         raise ConfigError("lora-gguf writes an adapter: give a run folder, or a model and an adapter")
-    from fourbit.exporting.gguf import write_lora_gguf
+    from fourbit.exporting.gguf.lora import write_lora_gguf
 
     write_lora_gguf(adapter, open_base(request.origin.base).config, request.output)
     step = provenance.make_step("export", [provenance.describe("adapter", adapter)], {"to": "lora-gguf"})
     provenance.write(request.output, (*provenance.read(adapter), step))
-    size = request.output.stat().st_size
-    return Exported(request.output, "lora-gguf", size, serving_commands("lora-gguf", request.output))
+    return _exported(request, "lora-gguf", request.output.stat().st_size, None)
 
 
-def _to_compressed(request: _Request, method: Literal["gptq", "awq"], data: Sequence[str]) -> Exported:
-    settings = request.origin.run.data if request.origin.run is not None else None
-    if settings is None and not data:
+def _to_compressed(
+    request: _Request, method: Literal["gptq", "awq"], data: Sequence[str], options: dict[str, Any]
+) -> Exported:
+    run = request.origin.run
+    if run is None and not data:
         raise ConfigError(f"{method} is calibrated on rows; give them with --data")
-    from fourbit.data.read import read_rows
-    from fourbit.exporting.compressed import quantize_for_serving
+    from fourbit.exporting.compressed import CALIBRATION_ROWS, quantize_for_serving
 
-    settings = settings or DataSettings(train=tuple(data))
-    rows = read_rows(data or settings.train, settings)
+    model = request.stream(request.dtype)
+    rows = _calibration_rows(run, data, model.tokenizer(), CALIBRATION_ROWS)
     request.output.parent.mkdir(parents=True, exist_ok=True)
-    model = request.stream()
-    with tempfile.TemporaryDirectory(dir=request.output.parent, prefix=".merging-") as work:
-        folder = Path(work) / "model"
-        write_hf(model, folder, progress=request.progress)
-        quantize_for_serving(folder, request.output, method, rows, settings, progress=request.progress)
-    step = provenance.make_step("export", [], {"to": method, "calibration_rows": len(rows)})
-    provenance.write(request.output, (*model.chain, step))
-    size = sum(file.stat().st_size for file in request.output.glob("*.safetensors"))
-    return _exported(request, method, size, model)
+    with tempfile.TemporaryDirectory(dir=request.output.parent, prefix=".export-") as work:
+        whole, made = Path(work) / "model", Path(work) / request.output.name
+        write_hf(model, whole, progress=request.progress)
+        result = quantize_for_serving(whole, made, rows, method=method, progress=request.progress, **options)
+        settings = {"to": method, "group_size": result.group_size, "calibration_rows": len(rows)}
+        step = provenance.make_step("export", [], settings, {"bytes": result.bytes})
+        chain = (*model.chain, replace(step, versions={**step.versions, **result.versions}))
+        provenance.write(made, chain)
+        card = model_card(model, request.output.name, method, chain)
+        (made / "README.md").write_text(card, encoding="utf-8")
+        replace_folder(made, request.output)
+    return _exported(request, method, result.bytes, model)
+
+
+def _calibration_rows(
+    run: RunConfig | None, data: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[list[int]]:
+    """Token ids of rows drawn by seed, held-out rows never among them."""
+    from fourbit.data.encode import encode, sample, split
+    from fourbit.data.read import read_rows
+
+    tokenizers.ensure_pad_token(tokenizer)
+    settings = run.data if run is not None else DataSettings(train=tuple(data))
+    examples = list(encode(read_rows(data or settings.train, settings), tokenizer, settings).examples)
+    seed = run.train.seed if run is not None else 0
+    if not data and not settings.heldout:
+        examples, _ = split(examples, settings.heldout_fraction, seed)
+    return [list(example.input_ids) for example in sample(examples, count, seed)]
 
 
 def _exported(
-    request: _Request, kind: Kind, size: int, model: Streamed, requantized: Requantized | None = None
+    request: _Request,
+    kind: Kind,
+    size: int,
+    model: Streamed | None,
+    requantized: Requantized | None = None,
 ) -> Exported:
     report = model.report if isinstance(model, Merged) else None
-    return Exported(request.output, kind, size, serving_commands(kind, request.output), report, requantized)
+    commands = serving_commands(kind, request.output)
+    return Exported(request.output, kind, size, commands, report, requantized)

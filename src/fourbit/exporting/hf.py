@@ -50,7 +50,7 @@ def write_hf(
     check_output(target, overwrite, [model.base.path])
     with written_aside(target) as partial:
         size = _write_weights(model, partial, shard_bytes, progress)
-        write_config(model.config, partial, model.dtype)
+        write_config(model.config, partial, model.dtype or torch.float32)
         write_companions(model.base, partial)
         chain = model.chain if steps is None else steps
         provenance.write(partial, chain)

@@ -64,7 +64,7 @@ class MergeReport:
     merged: int
     replaced: tuple[str, ...]
     untied: bool
-    dtype: str
+    dtype: str | None
     base_verified: bool | None
     any_base: bool
 
@@ -73,7 +73,8 @@ class MergeReport:
         where = f"the original weights of {self.base}"
         if self.quantization is not None:
             where = f"the dequantized {self.quantization.quant_type} weights of {self.base}"
-        text = f"{self.method} of {self.adapter} into {where}: {self.merged} weights in {self.dtype}"
+        dtype = self.dtype or "float32"
+        text = f"{self.method} of {self.adapter} into {where}: {self.merged} weights in {dtype}"
         lines = [text + (f", {len(self.replaced)} replaced" if self.replaced else "")]
         if self.untied:
             lines.append("embedding and head were one matrix and are two now, since the adapter changes one")
@@ -102,7 +103,7 @@ def merged_tensors(
     into: Target | None = None,
     original: str | os.PathLike[str] | None = None,
     quantization: Quantization | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = "bfloat16",
     any_base: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -114,12 +115,13 @@ def merged_tensors(
     into          "original", "dequantized", or None: the original weights when they are at hand
     original      where they are, if not in `base`
     quantization  how the run held its base; None: as the adapter's record says, else the defaults
+    dtype         "bfloat16", "float16" or "float32"; None: unrounded, for a writer that quantizes
     any_base      accept a base whose content is not the recorded one, such as another format of it
 
     Raises ModelError when adapter and base do not fit, for the wrong base, and for a base that holds this
     adapter already; ConfigError for settings that contradict one another.
     """
-    folder, target_dtype = Path(adapter), choose_dtype(dtype)
+    folder, target_dtype = Path(adapter), None if dtype is None else choose_dtype(dtype)
     config = read_adapter_config(folder)
     record = provenance.read(folder)
     opened = open_base(base if original is None else original, revision, trust_remote_code)

@@ -32,7 +32,7 @@ class Origin:
 
     def merged(
         self,
-        dtype: str,
+        dtype: str | None,
         into: Target | None,
         original: str | os.PathLike[str] | None,
         any_base: bool,
@@ -62,7 +62,7 @@ class Origin:
 
     def streamed(
         self,
-        dtype: str,
+        dtype: str | None,
         into: Target | None,
         original: str | os.PathLike[str] | None,
         any_base: bool,

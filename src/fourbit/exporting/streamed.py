@@ -27,15 +27,16 @@ Progress = Callable[[str, int, int], None]
 class Streamed:
     """A model ready to be written.
 
-    tensors  every stored weight by its Hugging Face name, in the model's dtype; tied ones once
+    tensors  every stored weight by its Hugging Face name; tied ones once
     config   of the model as it will be written, without quantization_config
+    dtype    of the weights; None: unrounded, those that an adapter changed in fp32, others as stored
     base     what it is made from: its folder or file, its tokenizer
     chain    the steps that made it, newest last
     """
 
     tensors: dict[str, LazyTensor]
     config: PretrainedConfig
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     base: Base
     chain: tuple[provenance.Step, ...]
 
@@ -46,12 +47,12 @@ class Streamed:
 
 def stream_model(
     path: str | os.PathLike[str],
-    dtype: str = "bfloat16",
+    dtype: str | None = "bfloat16",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Streamed:
     """A model as it lies on disk; 4-bit and GGUF weights are restored. Raises ModelError or ConfigError."""
-    target = choose_dtype(dtype)
+    target = None if dtype is None else choose_dtype(dtype)
     base = open_base(path, revision, trust_remote_code)
     tensors = {
         name: rounded(name, tensor, target) for name, tensor in base.tensors.items() if name not in base.tied
@@ -74,26 +75,30 @@ def choose_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def rounded(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """The tensor in another floating dtype. Reading it raises ModelError where a value has no place there."""
+def rounded(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+    """The tensor in another floating dtype, or in its own.
+
+    Reading it raises ModelError for NaN and for values that have no place in the dtype.
+    """
     if not tensor.is_floating_point():
         return tensor
+    target = dtype or tensor.dtype
 
     def read() -> Tensor:
-        result = tensor.read().to(dtype)
-        if not result.isfinite().all():
+        result = tensor.read().to(target)
+        if result.numel() and not torch.stack(torch.aminmax(result)).isfinite().all():
             raise ModelError(
-                f"'{name}' has values that are not finite in {str(dtype).removeprefix('torch.')}; "
+                f"'{name}' has values that are not finite in {str(target).removeprefix('torch.')}; "
                 "if the model is sound, choose bfloat16"
             )
         return result
 
-    return LazyTensor(read, dtype, tensor.shape)
+    return LazyTensor(read, target, tensor.shape)
 
 
-def written_config(base: Base, dtype: torch.dtype) -> PretrainedConfig:
+def written_config(base: Base, dtype: torch.dtype | None) -> PretrainedConfig:
     """The base's configuration for the model that will be written."""
     config = type(base.config).from_dict(base.config.to_dict())
-    config.dtype = dtype
+    config.dtype = dtype or torch.float32
     config.architectures = [type(base.skeleton).__name__]
     return config
