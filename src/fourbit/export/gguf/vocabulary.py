@@ -71,6 +71,8 @@ def _add_byte_level(writer: Any, description: dict[str, Any], tokens: list[str],
         raise ModelError(
             f"the tokenizer normalizes its text ({_shorten(normalizer)}), which llama.cpp does not do"
         )
+    if not model["merges"]:
+        raise ModelError("the tokenizer has no merges, and llama.cpp loads no byte-level BPE without")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split.names[0])
     writer.add_token_list(tokens)
