@@ -71,8 +71,10 @@ def byte_level(
 
 
 def sentencepiece(prefix: bool = True) -> PreTrainedTokenizerFast:
-    """A SentencePiece-like vocabulary as its conversion to a tokenizer.json leaves it: bytes, then pieces in
-    order of merging, and as merges every pair of pieces that makes a piece."""
+    """A SentencePiece vocabulary as its conversion to a tokenizer.json leaves it.
+
+    Bytes, then pieces in order of merging, and as merges every pair of pieces that makes a piece.
+    """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Replace(" ", "▁")
     trainer = trainers.BpeTrainer(vocab_size=250, show_progress=False)

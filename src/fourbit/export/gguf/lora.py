@@ -84,7 +84,7 @@ def _write(
 
 def _fold(adapter: LoraConfig, module: str, rank: int) -> float:
     """What B is multiplied by, so that lora_alpha / rank of it is the module's own scaling."""
-    alphas = adapter.alpha_pattern
+    alphas = adapter.alpha_pattern or {}
     alpha = float(alphas.get(get_pattern_key(list(alphas), module), adapter.lora_alpha))
     own = alpha / rank**0.5 if adapter.use_rslora else alpha / rank
     return own * rank / float(adapter.lora_alpha)
