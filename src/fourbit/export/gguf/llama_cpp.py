@@ -59,6 +59,7 @@ class LlamaCppReader:
         slots: int = 8,
     ) -> None:
         self._path = os.fspath(path)
+        self._context = context
         self._slots = slots
         self._key = secrets.token_hex(16)
         self._server: Any = _start(self._path, lora, context, threads, slots, self._key)
@@ -100,7 +101,7 @@ class LlamaCppReader:
 
     def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> str:
         """The greedy continuation as text, up to an end-of-turn token or one of the stop strings."""
-        request = self._request(ids) | {"n_predict": max_new_tokens, "stop": list(stop)}
+        request = self._request(ids, max_new_tokens) | {"stop": list(stop)}
         text: str = self._ask("/completion", request)["content"]
         return text
 
@@ -148,8 +149,8 @@ class LlamaCppReader:
 
     def _likeliest(self, before: Sequence[int], forced: int, count: int) -> dict[int, float] | None:
         """Log-probabilities of the likeliest next tokens and of the forced one; None if it is kept back."""
-        bias = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, _FORCE]]}
-        answer = self._ask("/completion", self._request(before) | bias)
+        bias = {"n_probs": count, "logit_bias": [[forced, _FORCE]]}
+        answer = self._ask("/completion", self._request(before, 1) | bias)
         reported = answer.get("completion_probabilities")
         if not reported:
             return None
@@ -159,8 +160,13 @@ class LlamaCppReader:
         found = {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
         return found | {forced: first["logprob"]}
 
-    def _request(self, ids: Sequence[int]) -> dict[str, Any]:
-        return {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True}
+    def _request(self, ids: Sequence[int], new: int) -> dict[str, Any]:
+        if len(ids) + new > self._context:
+            raise ModelError(
+                f"{self._path}: a row of {len(ids)} tokens and {new} new ones is longer than the "
+                f"{self._context} tokens that the reader was opened for"
+            )
+        return {"prompt": list(ids), "n_predict": new, "temperature": 0.0, "cache_prompt": True}
 
     def _count_tokens(self) -> int:
         models = self._ask("/v1/models", None)["data"]
