@@ -8,9 +8,11 @@ will serve it, with an adapter applied as it will apply it.
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,6 +63,7 @@ class LlamaCppReader:
         self._path = os.fspath(path)
         self._context = context
         self._slots = slots
+        self._worker = threading.local()  # a thread's slot
         self._key = secrets.token_hex(16)
         self._server: Any = _start(self._path, lora, context, threads, slots, self._key)
         address = urlsplit(self._server.listening_address)
@@ -127,7 +130,14 @@ class LlamaCppReader:
         self, work: Callable[[_Row], _Result], rows: Sequence[_Row], progress: ReadProgress | None
     ) -> list[_Result]:
         results = []
-        with ThreadPoolExecutor(self._slots) as pool:  # the threads only wait: the server batches
+        slots = itertools.count()
+
+        def take_slot() -> None:
+            self._worker.slot = next(slots)
+
+        # The threads only wait: the server batches. Each keeps to a slot, whose cache then holds the row's
+        # own beginning, and the prefix in common with the row before.
+        with ThreadPoolExecutor(self._slots, initializer=take_slot) as pool:
             for done, result in enumerate(pool.map(work, rows), start=1):
                 results.append(result)
                 if progress is not None:
@@ -166,7 +176,8 @@ class LlamaCppReader:
                 f"{self._path}: a row of {len(ids)} tokens and {new} new ones is longer than the "
                 f"{self._context} tokens that the reader was opened for"
             )
-        return {"prompt": list(ids), "n_predict": new, "temperature": 0.0, "cache_prompt": True}
+        slot = getattr(self._worker, "slot", 0)
+        return {"prompt": list(ids), "n_predict": new, "temperature": 0.0, "id_slot": slot}
 
     def _count_tokens(self) -> int:
         models = self._ask("/v1/models", None)["data"]

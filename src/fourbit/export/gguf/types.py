@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,17 +65,15 @@ def stored_bytes(shape: Sequence[int], kind: Any) -> int:
     return int(np.prod(shape)) // values * size
 
 
-def encode(values: Tensor, kind: Any, name: str) -> np.ndarray[Any, Any]:
-    """A tensor's bytes in the file, uint8 [rows, bytes a row] (flat for a vector).
+def encode(values: Tensor, kind: Any, name: str) -> Iterator[np.ndarray[Any, Any]]:
+    """A tensor's bytes in the file, uint8, in consecutive parts of whole rows.
 
-    Raises ModelError when fp16 cannot hold a value.
+    Raises ModelError for values that are not finite or that fp16 cannot hold.
     """
     rows = values.reshape(-1, values.shape[-1])
-    out = np.empty((rows.shape[0], stored_bytes(rows.shape[1:], kind)), dtype=np.uint8)
     step = max(1, _CHUNK // rows.shape[1])
     for start in range(0, rows.shape[0], step):
-        out[start : start + step] = _encode_rows(rows[start : start + step], kind, name)
-    return out
+        yield _encode_rows(rows[start : start + step], kind, name)
 
 
 def _encode_rows(rows: Tensor, kind: Any, name: str) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""A model as one GGUF file, tensor by tensor: memory holds one tensor and its encoded bytes."""
+"""A model as one GGUF file, tensor by tensor: memory holds one tensor and a slice of its bytes."""
 
 from __future__ import annotations
 
@@ -113,18 +113,27 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        stream = writer.fout[0]
         for done, entry in enumerate(entries, start=1):
-            values = entry.read()
-            if tuple(values.shape) != entry.shape:
-                raise ModelError(
-                    f"tensor '{entry.source}' has shape {list(values.shape)}, "
-                    f"the config says {list(entry.shape)}"
-                )
-            writer.write_tensor_data(types.encode(values, entry.kind, entry.source))
+            # Written here, not by the writer, which would want all of a tensor's bytes at once.
+            writer.write_padding(stream, stream.tell())
+            for part in types.encode(_read(entry), entry.kind, entry.source):
+                stream.write(part.data)
             if progress is not None:
                 progress(done, len(entries))
+        writer.write_padding(stream, stream.tell())
     finally:
         writer.close()
+
+
+def _read(entry: _Entry) -> Tensor:
+    values = entry.read()
+    if tuple(values.shape) != entry.shape:
+        raise ModelError(
+            f"tensor '{entry.source}' has shape {list(values.shape)}, the config says {list(entry.shape)}"
+        )
+    return values
 
 
 def _entries(
