@@ -128,6 +128,19 @@ def test_damaged_adapters_are_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("x.gguf*"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"intermediate_size": 96}, r"'model\.layers\.0\.mlp\.\w+' of \[.*\], which is \[.*\] there"),
+        ({"num_hidden_layers": 1}, r"'model\.layers\.1\.\S+' of \[.*\], which is not there"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    adapted("llama", tmp_path / "adapter")
+    with pytest.raises(ModelError, match=rf"does not fit this base: it adapts {reason}"):
+        write_lora_gguf(tmp_path / "adapter", models.config("llama", 500, **changes), tmp_path / "x.gguf")
+
+
 def test_llama_cpp_refuses_an_adapter_of_another_base(tmp_path: Path) -> None:
     model = adapted("llama", tmp_path / "adapter")
     file = write_lora_gguf(tmp_path / "adapter", model.get_base_model().config, tmp_path / "adapter.gguf")

@@ -192,6 +192,8 @@ class LlamaCppReader:
             connection.request("GET" if request is None else "POST", route, body, headers)
             response = connection.getresponse()
             answer = json.loads(response.read())
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            raise ModelError(f"{self._path}: llama.cpp stopped answering ({error})") from error
         finally:
             connection.close()
         if response.status != http.client.OK:

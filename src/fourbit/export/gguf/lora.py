@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from fourbit.errors import ModelError
 from fourbit.export.gguf import architecture
-from fourbit.export.gguf.write import file_names, written_aside
+from fourbit.export.gguf.write import file_names, parameter_shapes, written_aside
 
 _PREFIX = "base_model.model."
 # Initializations that change the base's weights: the adapter then belongs to the changed base.
@@ -39,9 +39,9 @@ def write_lora_gguf(
     adapter = _read_config(folder)
     pairs = _read_pairs(folder)
     names = file_names(arch, config)
-    tied_output = bool(config.tie_word_embeddings) and "lm_head" in pairs
-    if tied_output:
+    if config.tie_word_embeddings and "lm_head" in pairs:
         raise _refused(folder, "it adapts lm_head, which is the embedding in this model")
+    _check_base(folder, pairs, config)
     with written_aside(target) as partial:
         _write(partial, folder, adapter, pairs, names, config, arch)
     return target
@@ -65,8 +65,6 @@ def _write(
         writer.add_float32("adapter.lora.alpha", float(adapter.lora_alpha))
         writer.add_name(folder.resolve().name)
         for module, pair in pairs.items():
-            if set(pair) != {"A", "B"}:
-                raise _refused(folder, f"'{module}' lacks lora_{'B' if 'A' in pair else 'A'}")
             a, b = pair["A"].float(), pair["B"].float()
             b = b * _fold(adapter, module, rank=a.shape[0])
             heads = architecture.query_heads(f"{module}.weight", config, arch)
@@ -133,6 +131,20 @@ def _read_pairs(folder: Path) -> dict[str, dict[str, Tensor]]:
     if not pairs:
         raise _refused(folder, "it is empty")
     return pairs
+
+
+def _check_base(folder: Path, pairs: dict[str, dict[str, Tensor]], config: PretrainedConfig) -> None:
+    shapes = parameter_shapes(config)
+    for module, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise ModelError(f"{folder}: '{module}' lacks lora_{'B' if 'A' in pair else 'A'}; train again")
+        found = (pair["B"].shape[0], pair["A"].shape[1])
+        wanted = shapes.get(f"{module}.weight")
+        if found != wanted:
+            there = f"is {list(wanted)} there" if wanted else "is not there"
+            raise ModelError(
+                f"{folder}: does not fit this base: it adapts '{module}' of {list(found)}, which {there}"
+            )
 
 
 def _refused(folder: Path, reason: str) -> ModelError:

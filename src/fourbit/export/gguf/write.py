@@ -142,8 +142,7 @@ def _entries(
     arch: architecture.Architecture,
     quant: str,
 ) -> list[_Entry]:
-    skeleton = _skeleton(config)
-    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    shapes = parameter_shapes(config)
     tied = bool(config.tie_word_embeddings)
     # What older checkpoints hold beside the weights: a head that is the embedding, rotary constants.
     given = {
@@ -189,10 +188,11 @@ def _changed(tensor: LazyTensor, change: Callable[[Tensor], Tensor]) -> Callable
     return lambda: change(tensor.read())
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model by Hugging Face name; what is tied stands under one name."""
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config  # the tensors given are not quantized
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(plain)
-    return model
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
