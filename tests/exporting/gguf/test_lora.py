@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fourbit.errors import ModelError
-from fourbit.export.gguf.llama_cpp import LlamaCppReader
-from fourbit.export.gguf.lora import write_lora_gguf
-from fourbit.export.gguf.write import write_gguf
+from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
+from fourbit.exporting.gguf.lora import write_lora_gguf
+from fourbit.exporting.gguf.write import write_gguf
 from tests.export.gguf import models
 
 # PEFT asks transformers in words that transformers has deprecated since.

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.errors import ModelError
-from fourbit.export.gguf import architecture, kquants, types
-from fourbit.export.gguf.vocabulary import add_vocabulary
+from fourbit.exporting.gguf import architecture, kquants, types
+from fourbit.exporting.gguf.vocabulary import add_vocabulary
 from fourbit.model.formats.lazy import LazyTensor
 
 #: Called with tensors written so far and tensors there are.

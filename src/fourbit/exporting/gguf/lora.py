@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fourbit.errors import ModelError
-from fourbit.export.gguf import architecture
-from fourbit.export.gguf.write import file_names, parameter_shapes, written_aside
+from fourbit.exporting.gguf import architecture
+from fourbit.exporting.gguf.write import file_names, parameter_shapes, written_aside
 
 _PREFIX = "base_model.model."
 # Initializations that change the base's weights: the adapter then belongs to the changed base.

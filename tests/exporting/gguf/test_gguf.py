@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fourbit.errors import ConfigError, ModelError
-from fourbit.export.gguf.llama_cpp import LlamaCppReader
-from fourbit.export.gguf.write import write_gguf
+from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
+from fourbit.exporting.gguf.write import write_gguf
 from fourbit.model.formats.lazy import LazyTensor
 from tests.export.gguf import models
 

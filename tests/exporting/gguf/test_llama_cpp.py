@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from fourbit.errors import ModelError
-from fourbit.export.gguf import kquants
-from fourbit.export.gguf.llama_cpp import LlamaCppReader
-from fourbit.export.gguf.write import write_gguf
+from fourbit.exporting.gguf import kquants
+from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
+from fourbit.exporting.gguf.write import write_gguf
 from tests.export.gguf import models
 
 TOKENIZER = models.byte_level()

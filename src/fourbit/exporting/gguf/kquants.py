@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.errors import ModelError
-from fourbit.export.gguf import types
+from fourbit.exporting.gguf import types
 
 
 def require() -> Any:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fourbit.errors import ModelError
-from fourbit.export.gguf.llama_cpp import LlamaCppReader
-from fourbit.export.gguf.write import write_gguf
+from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
+from fourbit.exporting.gguf.write import write_gguf
 from fourbit.model.formats.gguf import read_tokenizer
 from fourbit.model.formats.pretokenizers import by_description
 from tests.export.gguf import models
