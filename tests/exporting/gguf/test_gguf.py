@@ -13,7 +13,7 @@ from fourbit.errors import ConfigError, ModelError
 from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
 from fourbit.exporting.gguf.write import write_gguf
 from fourbit.model.formats.lazy import LazyTensor
-from tests.export.gguf import models
+from tests.exporting.gguf import models
 
 TEXT = (
     "<|im_start|>user\nhé 日本 ok, the quick brown fox jumps over 12345 lazy dogs, and on until the "

@@ -16,7 +16,7 @@ from fourbit.errors import ModelError
 from fourbit.exporting.gguf import kquants
 from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
 from fourbit.exporting.gguf.write import write_gguf
-from tests.export.gguf import models
+from tests.exporting.gguf import models
 
 TOKENIZER = models.byte_level()
 

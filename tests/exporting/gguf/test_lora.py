@@ -15,7 +15,7 @@ from fourbit.errors import ModelError
 from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
 from fourbit.exporting.gguf.lora import write_lora_gguf
 from fourbit.exporting.gguf.write import write_gguf
-from tests.export.gguf import models
+from tests.exporting.gguf import models
 
 # PEFT asks transformers in words that transformers has deprecated since.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -16,8 +16,8 @@ from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
 from fourbit.exporting.gguf.write import write_gguf
 from fourbit.model.formats.gguf import read_tokenizer
 from fourbit.model.formats.pretokenizers import by_description
-from tests.export.gguf import models
-from tests.export.gguf.texts import strings
+from tests.exporting.gguf import models
+from tests.exporting.gguf.texts import strings
 
 
 def export(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
