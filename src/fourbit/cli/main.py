@@ -21,6 +21,8 @@ COMMANDS = {
     "train": "fine-tune a model as a config file says",
     "eval": "score a model, and its adapter beside it",
     "chat": "talk to a model or a finished run",
+    "compare": "train several ways on the same rows, and say which differences count",
+    "report": "write a page about a run",
     "quantize": "write a model as a 4-bit checkpoint",
     "doctor": "say what this machine and this installation can do",
 }
