@@ -202,24 +202,31 @@ def _finish(
 
 
 def _print(comparison: Comparison, out: Console) -> None:
-    from fourbit.compare.page import STATUS, cells, sentence
+    from fourbit.compare.page import STATUS, by_figure, cells
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("arm")
-    for column in ("held-out loss", "score", "peak memory", "time", "trainable"):
-        table.add_column(column, justify="right")
+    table = _table("arm", "held-out loss", "score", "memory", "time", "trained")
     for arm in comparison.arms:
-        name = Text("\n".join(part for part in (arm.name, STATUS[arm.status]) if part))
-        table.add_row(name, *("\n".join(part for part in pair if part) for pair in cells(arm)))
+        table.add_row(Text(arm.name), *map(_two_lines, cells(arm)))
     out.print(table)
-    for item in comparison.differences:
-        out.print(Text(sentence(item)))
     for arm in comparison.arms:
         if arm.reason:
-            out.print(Text(f"{arm.name} {STATUS[arm.status]}: {arm.reason}", "yellow"))
+            out.print(Text(f"{arm.name}: {STATUS[arm.status]}. {arm.reason}", "yellow"))
+    for figure, items in by_figure(comparison):
+        table = _table(figure, "first - second", items[0][0].test, "verdict")
+        for item, (size, p, (verdict, _)) in items:
+            table.add_row(Text(f"{item.first} - {item.second}"), _two_lines(size), _two_lines(p), verdict)
+        out.print(table)
     for note in comparison.notes:
         out.print(Text(note, "yellow"))
-    if comparison.differences:
-        out.print(
-            Text("Loss: paired t over seeds. Score: exact McNemar over rows. Both corrected by Holm.", "dim")
-        )
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _two_lines(pair: tuple[str, str]) -> Text:
+    return Text("\n".join(part for part in pair if part))

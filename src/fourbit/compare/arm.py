@@ -26,7 +26,13 @@ from fourbit.errors import FourBitError
 
 SPEC, OUTCOME = "arm.json", "outcome.json"
 #: How allocators say that there is no more memory, each in its own exception.
-_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "failed to map segment",
+    "cannot allocate memory",
+    "std::bad_alloc",
+    "out of memory",
+)
 
 #: Makes a progress display for a named piece of work: report(stage, done, total).
 ShowProgress = Callable[[str, Console], AbstractContextManager[Callable[[str, int, int], None]]]
@@ -114,10 +120,13 @@ def end_with_parent() -> None:
 def _train_and_score(
     config: RunConfig, score: Sequence[str], console: Console, progress: ShowProgress
 ) -> Outcome:
+    from transformers.utils import logging as hf_logging
+
     from fourbit.memory.measure import release_free_memory
     from fourbit.training import checkpoint
     from fourbit.training import run as training
 
+    hf_logging.disable_progress_bar()  # of writing weights, between the lines of the training
     folder = Path(config.output)
     summary = _summary(folder)
     if summary.get("stopped") not in ("done", "early"):

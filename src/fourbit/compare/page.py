@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from markupsafe import Markup
@@ -16,9 +17,9 @@ from fourbit.report.curves import mean_of, read_curves
 FILE = "comparison.html"
 STATUS = {
     "finished": "",
-    "no memory": "did not fit in memory",
+    "no memory": "did not fit",
     "failed": "failed",
-    "partly": "some seeds are missing",
+    "partly": "some seeds only",
 }
 
 
@@ -30,9 +31,9 @@ def write_page(folder: Path, comparison: Comparison, jobs: Sequence[Job], settin
         title=f"Comparison {folder.resolve().name}",
         folder=str(folder),
         comparison=comparison,
-        sentences=[sentence(item) for item in comparison.differences],
-        rows=[(arm, cells(arm), STATUS[arm.status]) for arm in comparison.arms],
-        differences=[(item, difference_cells(item)) for item in comparison.differences],
+        rows=[(arm, cells(arm)) for arm in comparison.arms],
+        status=STATUS,
+        differences=by_figure(comparison),
         charts=_charts(done, jobs),
         several=len(comparison.seeds) > 1,
         settings=settings,
@@ -43,16 +44,22 @@ def write_page(folder: Path, comparison: Comparison, jobs: Sequence[Job], settin
 def cells(arm: ArmResult) -> list[tuple[str, str]]:
     """(figure, what qualifies it) of one arm: loss, score, memory, time, trainable parameters."""
     if arm.loss is None:
-        return [("", "")] * 5
+        return [("", STATUS[arm.status]), *[("", "")] * 4]
     score = arm.score
     share = arm.trainable_parameters and arm.parameters and arm.trainable_parameters / arm.parameters
     return [
         (f"{arm.loss.value:.4f}", _interval(arm.loss.low, arm.loss.high, ".4f")),
         (f"{score.value:.1%}", _interval(score.low, score.high, ".1%")) if score else ("", ""),
         (page.gigabytes(arm.peak_bytes or 0), ""),
-        (page.duration(arm.seconds or 0), f"{arm.tokens_per_second:,.0f} tokens/s"),
-        (f"{arm.trainable_parameters:,}", f"{share:.2%}"),
+        (page.duration(arm.seconds or 0), f"{arm.tokens_per_second:,.0f} tok/s"),
+        (f"{(arm.trainable_parameters or 0) / 1e6:,.2f} M", f"{share:.2%}"),
     ]
+
+
+def by_figure(comparison: Comparison) -> list[tuple[str, list[tuple[Difference, list[tuple[str, str]]]]]]:
+    """The differences in held-out loss, then those in score, each with its cells."""
+    groups = groupby(comparison.differences, key=lambda item: item.figure)
+    return [(figure, [(item, difference_cells(item)) for item in items]) for figure, items in groups]
 
 
 def difference_cells(item: Difference) -> list[tuple[str, str]]:
@@ -64,21 +71,6 @@ def difference_cells(item: Difference) -> list[tuple[str, str]]:
         (p, corrected),
         (item.verdict, item.detail),
     ]
-
-
-def sentence(item: Difference) -> str:
-    """The difference in words."""
-    what = "held-out loss" if item.figure == "held-out loss" else "score"
-    low_high = f" (95 % interval {_interval(item.low, item.high, '+.4f')})" if item.low is not None else ""
-    direction = "above" if item.difference >= 0 else "below"
-    size = (
-        f"{abs(item.difference):.4f}"
-        if item.relative is not None
-        else f"{100 * abs(item.difference):.1f} points"
-    )
-    if item.relative is not None:
-        size += f", or {abs(item.relative):.1%},"
-    return f"{item.first}'s {what} is {size} {direction} {item.second}'s{low_high}: {item.verdict}."
 
 
 def _size(item: Difference) -> str:

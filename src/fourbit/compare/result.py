@@ -81,10 +81,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """beyond noise, within noise, or not tested."""
-        if self.adjusted is None:
+        """beyond noise; doubtful, where only this test by itself says so; within noise; or not tested."""
+        if self.p is None or self.adjusted is None:
             return "not tested"
-        return "beyond noise" if self.adjusted < LEVEL else "within noise"
+        if self.adjusted < LEVEL:
+            return "beyond noise"
+        return "doubtful" if self.p < LEVEL else "within noise"
 
 
 @dataclass(frozen=True, slots=True)

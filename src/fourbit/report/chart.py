@@ -130,7 +130,7 @@ def bar_chart(
         parts.append(_bar_row(bar, 100 * (index + 0.5) / len(bars), x, text, from_zero))
     described = ", ".join(f"{bar.name} {text(bar.value)}" for bar in bars)
     svg = _svg(parts, _ROW * len(bars), f"{label}: {described}", "bars")
-    names = Markup("").join(Markup("<span>{}</span>").format(bar.name) for bar in bars)
+    names = Markup("").join(Markup('<span title="{0}">{0}</span>').format(bar.name) for bar in bars)
     return Markup(
         '<figure><figcaption>{}</figcaption><div class="estimates">'
         '<div class="names">{}</div>{}</div></figure>'
