@@ -67,7 +67,7 @@ def test_scores_are_tested_over_rows_that_count_once(three: Comparison) -> None:
     assert [item.difference for item in scores] == pytest.approx([0.2, 1 / 300, -59 / 300])
     # Of a and b: rows 60 to 81 are right in more seeds of a, none in more of b.
     assert scores[0].p == pytest.approx(stats.binomtest(0, 22).pvalue)
-    assert scores[0].detail == "22 rows right more often in the first, 0 in the second, of 100"
+    assert scores[0].detail == "22 rows against 0, of 100"
     assert scores[0].verdict == "beyond noise"
     assert scores[1].p == 1.0
 

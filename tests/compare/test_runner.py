@@ -50,6 +50,14 @@ def test_what_does_not_fit_is_not_tried_with_other_seeds_and_stops_nothing(
     assert outcomes[1].reason == "the process ended with exit code 7 and left no result"
 
 
+def test_scoring_that_does_not_fit_beside_what_training_left_is_done_anew(
+    jobs: Make, command: list[str], calls: Calls
+) -> None:
+    (outcome,) = run_all(jobs("full", seeds=(0,)), command, ignore)
+    assert calls() == ["full 0", "full 0"]
+    assert outcome.status == "finished"
+
+
 def test_the_same_again_runs_only_what_is_missing(jobs: Make, command: list[str], calls: Calls) -> None:
     first = run_all(jobs("better", "broken", seeds=(0,)), command, ignore)
     again = run_all(jobs("better", "broken", "worse", seeds=(0, 1)), command, ignore)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from markupsafe import Markup
 
-from fourbit.report.chart import Bar, Line, bar_chart, line_chart, number, ticks
+from fourbit.report.chart import Bar, Line, bar_chart, line_chart, log_ticks, number, ticks
 from fourbit.report.curves import mean_of, smooth, thin
 
 EVIL = '<script>alert("&")</script>'
@@ -28,6 +28,17 @@ def test_a_line_runs_from_left_to_right_and_high_values_stand_high() -> None:
     assert [percent(dot, "cy") for dot in dots] == [0, 50, 100]
     (line,) = chart.iter("polyline")
     assert line.attrib["points"] == "0.0,0.0 500.0,500.0 1000.0,1000.0"
+
+
+def test_a_logarithmic_axis_gives_equal_ratios_equal_room() -> None:
+    points = [(0, 10.0), (1, 1.0), (2, 0.1)]
+    chart = parse(line_chart([Line("loss", points, dots=True)], "Loss", log_beyond=8))
+    assert [percent(dot, "cy") for dot in chart.iter("circle")] == pytest.approx([0, 50, 100])
+    assert {"0.1", "0.2", "0.5", "1", "2", "5", "10"} <= {text.text for text in chart.iter("text")}
+    plain = parse(line_chart([Line("loss", points[1:], dots=True)], "Loss", log_beyond=12))
+    assert "(logarithmic)" not in ElementTree.tostring(plain, "unicode")
+    assert log_ticks(0.3, 0.7) == pytest.approx([0.2, 0.5, 1])
+    assert log_ticks(1, 1) == [1]
 
 
 def test_ticks_are_named_and_hovering_tells_the_figures() -> None:

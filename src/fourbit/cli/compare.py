@@ -210,7 +210,7 @@ def _print(comparison: Comparison, out: Console) -> None:
     out.print(table)
     for arm in comparison.arms:
         if arm.reason:
-            out.print(Text(f"{arm.name}: {STATUS[arm.status]}. {arm.reason}", "yellow"))
+            out.print(Text(f"{arm.name}: {STATUS[arm.status]} ({arm.reason})", "yellow"))
     for figure, items in by_figure(comparison):
         table = _table(figure, "first - second", items[0][0].test, "verdict")
         for item, (size, p, (verdict, _)) in items:

@@ -219,7 +219,7 @@ def _score_difference(
         test=SCORE_TEST,
         p=mcnemar(only_first, only_second),
         adjusted=None,
-        detail=f"{only_first} rows right more often in the first, {only_second} in the second, of {rows}",
+        detail=f"{only_first} rows against {only_second}, of {rows}",
     )
 
 

@@ -74,6 +74,9 @@ def run_all(jobs: Sequence[Job], command: Sequence[str], report: Report) -> list
             if outcome is None:
                 report(number, len(jobs), job, None)
                 outcome = _run(job, command)
+                if outcome.status == "no memory" and (job.folder / "summary.json").exists():
+                    # Trained, and then too full to score: a fresh process has only that to do.
+                    outcome = _run(job, command)
         if outcome.status == "no memory":
             too_large[job.arm.name] = outcome
         report(number, len(jobs), job, outcome)

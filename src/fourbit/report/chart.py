@@ -66,15 +66,22 @@ def line_chart(
     text: Callable[[float], str] = number,
     from_zero: bool = False,
     mark: tuple[float, str] | None = None,
+    log_beyond: float | None = None,
 ) -> Markup:
-    """Values over optimizer steps; `mark` is a horizontal line and its name. Empty without values."""
+    """Values over optimizer steps. Empty without values.
+
+    mark        a horizontal line and its name
+    log_beyond  a logarithmic axis where the highest value is more than so many times the lowest
+    """
     drawn = [line for line in lines if line.points]
     if not drawn:
         return Markup("")
     values = [value for line in drawn for _, value in line.points] + ([mark[0]] if mark else [])
     low, high = (0.0 if from_zero else min(values)), max(values)
-    y_ticks = ticks(low, high, 5)
-    low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
+    is_log = log_beyond is not None and low > 0 and high > log_beyond * low
+    y_ticks = log_ticks(low, high) if is_log else ticks(low, high, 5)
+    scale: Callable[[float], float] = math.log if is_log else float
+    low, high = scale(y_ticks[0]), scale(y_ticks[-1])
     steps = sorted({step for line in drawn for step, _ in line.points})
     last = max(steps[-1], 1)
 
@@ -82,7 +89,7 @@ def line_chart(
         return 100 * step / last
 
     def y(value: float) -> float:
-        return 100 * (high - value) / (high - low)
+        return 100 * (high - scale(value)) / (high - low)
 
     parts = [_y_tick(y(tick), text(tick)) for tick in y_ticks]
     parts += [
@@ -103,7 +110,8 @@ def line_chart(
     parts += _hover_columns(drawn, steps, x, text)
     svg = _svg(parts, _HEIGHT, f"{label}: {', '.join(_range(line, text) for line in drawn)}")
     legend = _legend(drawn) if len(drawn) > 1 else Markup("")
-    return Markup("<figure><figcaption>{}</figcaption>{}{}</figure>").format(label, legend, svg)
+    caption = f"{label} (logarithmic)" if is_log else label
+    return Markup("<figure><figcaption>{}</figcaption>{}{}</figure>").format(caption, legend, svg)
 
 
 def bar_chart(
@@ -146,6 +154,15 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from at or below low to at or above high; both positive."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high)) + 1
+    found = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+    start = max(index for index, tick in enumerate(found) if tick <= low * (1 + 1e-9))
+    end = min(index for index, tick in enumerate(found) if tick >= high * (1 - 1e-9))
+    return found[start : end + 1]
 
 
 def _curves(lines: Sequence[Line], x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
@@ -240,8 +257,8 @@ def _x_tick(place: float, text: str) -> Markup:
 def _mark(place: float, text: str) -> Markup:
     return Markup(
         '<line class="mark" x1="0" x2="100%" y1="{0:.2f}%" y2="{0:.2f}%"/>'
-        '<text class="mark" x="100%" y="{0:.2f}%" dy="15" text-anchor="end">{1}</text>'
-    ).format(place, text)
+        '<text class="mark" x="100%" y="{0:.2f}%" dy="{2}" text-anchor="end">{1}</text>'
+    ).format(place, text, 15 if place < 50 else -6)
 
 
 def _legend(lines: Sequence[Line]) -> Markup:

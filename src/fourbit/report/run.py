@@ -123,6 +123,7 @@ def _charts(curves: Curves, config: RunConfig) -> list[tuple[Markup, bool]]:
             Line("held-out", curves.heldout, 2, dots=True),
         ],
         "Loss, nats per token",
+        log_beyond=8,
     )
     rate = line_chart(
         [Line("learning rate", thin(curves.learning_rate, _POINTS))], "Learning rate", from_zero=True
