@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,16 @@ def test_other_settings_in_the_same_folder_are_refused(jobs: Make, command: list
     check(jobs("better", "worse"))
     with pytest.raises(ConfigError, match=r"better/seed-0: holds a run with another train\.epochs; name"):
         check(jobs("better", epochs=2.0))
+
+
+def test_the_folder_may_be_named_otherwise(
+    jobs: Make, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = jobs("better", seeds=(0,))
+    run_all([job], command, ignore)
+    monkeypatch.chdir(tmp_path)
+    relative = {"output": "out/better/seed-0", "data": job.config.data.model_copy(update={"train": ("x",)})}
+    check([replace(job, config=job.config.model_copy(update=relative))])
 
 
 def test_ctrl_c_is_passed_on_once_and_waits(jobs: Make, command: list[str], calls: Calls) -> None:

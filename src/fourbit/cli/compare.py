@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
     from fourbit.compare.runner import check, run_all
 
     check(jobs)
+    noun = "training" if len(jobs) == 1 else "trainings"
     out.print(
-        f"{len(jobs)} trainings; {counts['train']:,} rows to train on, {counts['heldout']:,} held out, "
+        f"{len(jobs)} {noun}; {counts['train']:,} rows to train on, {counts['heldout']:,} held out, "
         f"{counts['score']:,} scored",
         highlight=False,
     )

@@ -51,8 +51,9 @@ def check(jobs: Sequence[Job]) -> None:
         path = job.folder / SPEC
         if not path.exists():
             continue
-        stored, spec = json.loads(path.read_text(encoding="utf-8")), job.spec()
-        changed = _difference(stored, spec)
+        changed = _difference(
+            _without_places(json.loads(path.read_text("utf-8"))), _without_places(job.spec())
+        )
         if changed is not None:
             raise ConfigError(
                 f"{job.folder}: holds a run with another {changed}; name another --output, or remove it"
@@ -119,6 +120,13 @@ def _ended_without_word(code: int) -> Outcome:
         return Outcome("no memory", "the system killed the process, as it does when memory runs out")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return Outcome("failed", f"the process ended with {how} and left no result")
+
+
+def _without_places(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec without the comparison's own paths, which change with the folder one stands in; rows are hashed."""
+    config = {key: value for key, value in spec["config"].items() if key != "output"}
+    config["data"] = {key: value for key, value in config["data"].items() if key not in ("train", "heldout")}
+    return {**spec, "config": config, "score": bool(spec["score"])}
 
 
 def _difference(stored: Any, wanted: Any, path: str = "") -> str | None:
