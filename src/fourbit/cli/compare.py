@@ -106,7 +106,7 @@ def _jobs(args: argparse.Namespace) -> tuple[RunConfig, list[Job], dict[str, int
     seeds, (arms, shared) = _seeds(args.seeds), _arms(args)
     config = load_config(args.config, shared)
     configs = {arm.name: arm_config(args.config, shared, arm) for arm in arms}
-    output = Path(args.output)
+    output = Path(args.output).resolve()  # so that the same command goes on from any folder
     rows = share_rows(config.data, config.train.seed, output / "data", args.eval_data, args.eval_rows)
     jobs = []
     for seed in seeds:
