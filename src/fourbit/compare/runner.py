@@ -123,7 +123,7 @@ def _ended_without_word(code: int) -> Outcome:
 
 
 def _without_places(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec without the comparison's own paths, which change when it is moved; rows are known by their hash."""
+    """A spec without the comparison's own paths, which change when it is moved; rows are hashed."""
     config = {key: value for key, value in spec["config"].items() if key != "output"}
     config["data"] = {key: value for key, value in config["data"].items() if key not in ("train", "heldout")}
     return {**spec, "config": config, "score": bool(spec["score"])}
