@@ -23,6 +23,8 @@ COMMANDS = {
     "chat": "talk to a model or a finished run",
     "merge": "put an adapter into its base's weights",
     "export": "write a run for a serving engine",
+    "compare": "train several ways on the same rows, and say which differences count",
+    "report": "write a page about a run",
     "quantize": "write a model as a 4-bit checkpoint",
     "doctor": "say what this machine and this installation can do",
 }
