@@ -220,7 +220,7 @@ def test_one_line_and_an_exit_code(
 )
 def test_unknown_commands(fourbit: Fourbit, word: str, message: str) -> None:
     code, out, error = fourbit(word)
-    commands = "init, train, eval, chat, adapters, quantize, doctor"
+    commands = "init, train, eval, chat, adapters, merge, export, compare, report, quantize, doctor"
     assert (code, out) == (2, "")
     assert error == f"fourbit: error: {message}; commands are {commands}\n"
 

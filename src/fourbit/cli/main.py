@@ -22,6 +22,10 @@ COMMANDS = {
     "eval": "score a model, and its adapter beside it",
     "chat": "talk to a model or a finished run",
     "adapters": "list adapters, or combine several into one",
+    "merge": "put an adapter into its base's weights",
+    "export": "write a run for a serving engine",
+    "compare": "train several ways on the same rows, and say which differences count",
+    "report": "write a page about a run",
     "quantize": "write a model as a 4-bit checkpoint",
     "doctor": "say what this machine and this installation can do",
 }

@@ -9,7 +9,6 @@ adapter/                                       the best so far by held-out loss,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import TrainingError
+from fourbit.exporting.folder import replace
 
 _KEEP = 2
 ADAPTER = "adapter"
@@ -47,7 +47,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progr
     save_weights(model, partial / ADAPTER)
     save_file(_optimizer_tensors(model, optimizer), str(partial / "optimizer.safetensors"))
     (partial / "state.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    _replace(partial, target)
+    replace(partial, target)
     for old in sorted(_finished(folder))[:-_KEEP]:
         shutil.rmtree(old)
     return target
@@ -58,7 +58,7 @@ def save_best(folder: Path, model: nn.Module) -> None:
     partial = folder / f"{ADAPTER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     save_weights(model, partial)
-    _replace(partial, folder / ADAPTER)
+    replace(partial, folder / ADAPTER)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
@@ -121,13 +121,3 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _finished(folder: Path) -> list[Path]:
     return [path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial"]
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Rename into place; a rename over a full folder needs the old one out of the way first."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
