@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fourbit.cli.main import COMMANDS
 from tests.cli.conftest import ROWS, Fourbit
 
 ROW = ROWS.splitlines()[0] + "\n"
@@ -220,7 +221,7 @@ def test_one_line_and_an_exit_code(
 )
 def test_unknown_commands(fourbit: Fourbit, word: str, message: str) -> None:
     code, out, error = fourbit(word)
-    commands = "init, train, eval, chat, adapters, merge, export, compare, report, quantize, doctor"
+    commands = ", ".join(COMMANDS)
     assert (code, out) == (2, "")
     assert error == f"fourbit: error: {message}; commands are {commands}\n"
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from fourbit import functional as F4
 from fourbit.errors import ConfigError, FourBitError, ModelError
 from fourbit.exporting import provenance
+from fourbit.exporting.card import base_facts
 from fourbit.exporting.hf import write_hf
 from fourbit.exporting.merge import Quantization, merged_tensors
 from fourbit.model.load import load
@@ -259,3 +261,36 @@ def test_values_that_leave_the_dtype(base: Path, tmp_path: Path) -> None:
     with pytest.raises(FourBitError, match="not finite in float16"):
         write_hf(merged, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_gguf_file_is_a_base(smollm2: Path, tmp_path: Path) -> None:
+    """Its weights come in Hugging Face's order, its licence from its metadata."""
+    a = torch.randn(8, 576, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(192, 8, generator=torch.Generator().manual_seed(1))
+    key = "base_model.model.model.layers.3.self_attn.k_proj"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    parts = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    save_file(parts, str(adapter / "adapter_model.safetensors"))
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 4}))
+
+    merged = merged_tensors(smollm2, adapter, dtype="float32")
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(str(smollm2)).tensors}
+    entry = stored["blk.3.attn_k.weight"]
+    key_weight = torch.tensor(gguf.dequantize(entry.data, entry.tensor_type))
+    expected = key_weight.view(3, 32, 2, 576).transpose(1, 2).reshape(192, 576) + 0.5 * b @ a
+    found = merged.tensors["model.layers.3.self_attn.k_proj.weight"]
+    assert found.shape == (192, 576)
+    torch.testing.assert_close(found.read(), expected, rtol=1e-6, atol=1e-6)
+    assert "lm_head.weight" not in merged.tensors
+    assert merged.config.tie_word_embeddings
+    assert base_facts(merged.base) == {"license": "apache-2.0"}
+
+
+def test_an_incomplete_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(base, tmp_path / "base")
+    weights = read(copy)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, str(copy / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 'model.layers.1.mlp.up_proj.weight'"):
+        merged_tensors(copy, adapter)

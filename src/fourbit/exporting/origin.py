@@ -73,7 +73,8 @@ class Origin:
             return self.merged(dtype, into, original, any_base, progress)
         if into is not None or original is not None or any_base:
             raise ConfigError(f"{self.base}: there is no adapter, so nothing is merged into anything")
-        return stream_model(self.base, dtype)
+        trusted = self.run is not None and self.run.model.trust_remote_code
+        return stream_model(self.base, dtype, trust_remote_code=trusted)
 
 
 def find_origin(source: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> Origin:
