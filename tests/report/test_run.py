@@ -81,7 +81,7 @@ def test_a_run_that_goes_on(run_folder: Path) -> None:
     (run_folder / "metrics.jsonl").write_text("".join(lines[:9]))
     report = write_report(run_folder)
     assert [item.name for item in report.findings] == ["no held-out", "skipped"]
-    assert "not finished, at step 9" in report.path.read_text(encoding="utf-8")
+    assert "has not finished; it is at step 9." in report.path.read_text(encoding="utf-8")
 
 
 def test_mistakes_are_one_line(tmp_path: Path, run_folder: Path, model_folder: Path) -> None:
