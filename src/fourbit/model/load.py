@@ -88,7 +88,11 @@ def load(
     source = _locate(os.fspath(path), revision)
     is_gguf = source.is_file()
     config = _guard(source, partial(_read_config, source, is_gguf, trust_remote_code))
-    tokenizer = _read_tokenizer(source, trust_remote_code)
+    tokenizer = (
+        gguf.read_tokenizer(source) if is_gguf else tokenizers.read_tokenizer(source, trust_remote_code)
+    )
+    tokenizers.ensure_pad_token(tokenizer)
+
     stored = getattr(config, "quantization_config", None)
     if stored is not None and not bnb.is_bnb_4bit(stored):
         raise ModelError(
@@ -108,13 +112,6 @@ def load(
     report = _report(os.fspath(path), model, settings, compute.reason)
     model.fourbit_report = report  # type: ignore[assignment]  # modules take any attribute
     return model, tokenizer
-
-
-def load_tokenizer(
-    path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load` gives with this model, without its weights. Raises ModelError."""
-    return _read_tokenizer(_locate(os.fspath(path), revision), trust_remote_code)
 
 
 def load_report(model: nn.Module) -> LoadReport:
@@ -160,16 +157,6 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name}: no such folder, and the hub cannot be reached; download it first, or check the name"
         ) from None
     return Path(folder)
-
-
-def _read_tokenizer(source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    tokenizer = (
-        gguf.read_tokenizer(source)
-        if source.is_file()
-        else tokenizers.read_tokenizer(source, trust_remote_code)
-    )
-    tokenizers.ensure_pad_token(tokenizer)
-    return tokenizer
 
 
 def _read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> PretrainedConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fourbit.config import RunConfig
 from fourbit.data.encode import encode
 from fourbit.data.read import read_rows
-from fourbit.model.load import load_tokenizer
+from fourbit.model.formats import gguf
+from fourbit.model.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +32,12 @@ def masked_rows(config: RunConfig, count: int) -> list[MaskedRow]:
     Raises DataError or ModelError where the files, or the model's tokenizer, are no longer there.
     """
     rows = read_rows(config.data.train, config.data)[:count]
-    model = config.model
-    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    place = Path(config.model.path).expanduser()
+    tokenizer = (
+        gguf.read_tokenizer(place)
+        if place.is_file()
+        else read_tokenizer(place, config.model.trust_remote_code)
+    )
     found = []
     for example in encode(rows, tokenizer, config.data).examples[:count]:
         pairs = list(zip(example.input_ids, example.trained, strict=True))
