@@ -81,7 +81,7 @@ def test_a_run_that_goes_on(run_folder: Path) -> None:
     (run_folder / "metrics.jsonl").write_text("".join(lines[:9]))
     report = write_report(run_folder)
     assert [item.name for item in report.findings] == ["no held-out", "skipped"]
-    assert "not finished, at step 9" in report.path.read_text(encoding="utf-8")
+    assert "has not finished; it is at step 9." in report.path.read_text(encoding="utf-8")
 
 
 def test_mistakes_are_one_line(tmp_path: Path, run_folder: Path, model_folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(tmp_path: Path, run_folder: Path, model_folder: P
     (run_folder / "evaluation.json").unlink()
     model_folder.rename(tmp_path / "moved")
     write_report(run_folder)
-    with pytest.raises(ModelError, match="no such model folder"):
+    with pytest.raises(ModelError, match="has no tokenizer"):
         write_report(run_folder, with_text=True)
     (run_folder / "metrics.jsonl").write_text("{}\n[1]\n")
     with pytest.raises(TrainingError, match=r"metrics\.jsonl:2: not a line of metrics"):

@@ -158,7 +158,7 @@ def _train_and_score(
 def _score(
     config: RunConfig, files: Sequence[str], console: Console, progress: ShowProgress
 ) -> tuple[list[bool], float]:
-    """Which answers are exactly right, of the model as the run left it on disk, loaded anew; and seconds."""
+    """Which answers are right, of the model as the run left it on disk, loaded anew; and seconds."""
     from fourbit.data.read import read_rows
     from fourbit.evaluate.task import evaluate
     from fourbit.model.adapters import load_adapter
@@ -183,7 +183,6 @@ def _score(
             config.eval,
             loss=False,
             samples=0,
-            complete=False,
             progress=report,
         )
     assert result.right is not None, "rows without answers are not scored"

@@ -108,7 +108,7 @@ def _charts(arms: Sequence[ArmResult], jobs: Sequence[Job]) -> list[Markup]:
     charts = [
         line_chart(_learning(arms, jobs, colours), "Held-out loss while training, mean over seeds"),
         bar_chart(losses, "Best held-out loss, nats per token"),
-        bar_chart(scores, "Score, % of answers exactly right"),
+        bar_chart(scores, "Score, % of answers right"),
         bar_chart(memory, "Peak memory, GB", from_zero=True),
         bar_chart(time, "Training time, minutes", from_zero=True),
     ]

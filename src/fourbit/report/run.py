@@ -68,15 +68,13 @@ def write_report(folder: Path, with_text: bool = False) -> Report:
 
 
 def _state(folder: Path, curves: Curves) -> str:
-    summary = _read_json(folder / "summary.json")
-    how = {
-        "done": "finished",
-        "early": "stopped early, as the held-out loss no longer fell",
-        "interrupted": "interrupted",
-    }
-    if "stopped" not in summary:
-        return f"not finished, at step {curves.steps:,}"
-    return f"{how.get(summary['stopped'], str(summary['stopped']))} after {curves.steps:,} steps"
+    stopped = _read_json(folder / "summary.json").get("stopped")
+    after = f"after {curves.steps:,} steps"
+    return {
+        "done": f"finished {after}",
+        "early": f"stopped early {after}, as the held-out loss no longer fell",
+        "interrupted": f"was interrupted {after}",
+    }.get(str(stopped), f"has not finished; it is at step {curves.steps:,}")
 
 
 def _subtitle(config: RunConfig) -> str:
