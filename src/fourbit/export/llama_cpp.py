@@ -1,0 +1,55 @@
+"""llama.cpp as an independent reader of .gguf files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fourbit.data.render import Example
+from fourbit.errors import ModelError
+from fourbit.export.scoring import RowProgress, RowScore
+
+#: The Python binding of llama.cpp.
+PACKAGE = "xllamacpp"
+
+
+def field(file: Path, name: str) -> Any:
+    """A value of a GGUF file's metadata, or None. Raises ModelError for a damaged file."""
+    from gguf import GGUFReader
+
+    try:
+        found = GGUFReader(str(file)).get_field(name)
+        return found.contents() if found is not None else None
+    except Exception as error:  # the reader raises every class there is on a damaged file
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(f"{file}: cannot be read as GGUF ({reason}); is the file complete?") from error
+
+
+def is_lora(file: Path) -> bool:
+    """Whether a GGUF file holds an adapter alone."""
+    return bool(field(file, "general.type") == "adapter")
+
+
+class LlamaCpp:
+    """A GGUF model, perhaps with a LoRA file on it; a `readers.Reader`."""
+
+    def __init__(self, path: Path, lora: Path | None = None) -> None:
+        reader_class: Any = import_module("fourbit.export.gguf.reader").LlamaCppReader
+        self.name = f"llama.cpp ({PACKAGE} {version(PACKAGE)})"
+        self.chat_template: str | None = field(path, "tokenizer.chat_template")
+        self._reader = reader_class(path, lora=lora)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._reader.tokenize(text) for text in texts]
+
+    def score(self, examples: Sequence[Example], progress: RowProgress | None = None) -> list[RowScore]:
+        scores = []
+        for example in examples:
+            loss, _ = self._reader.loss(example.input_ids, example.trained)
+            scores.append(RowScore(loss, tuple(self._reader.top1(example.input_ids, example.trained))))
+            if progress is not None:
+                progress(len(scores), len(examples))
+        return scores
