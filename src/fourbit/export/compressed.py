@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -168,10 +168,12 @@ def _run(
     variables = {**own_variables(), "HF_HUB_OFFLINE": "1"}
     result: dict[str, Any] | None = None
     reason: str | None = None
-    with log.open("w", encoding="utf-8") as words:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, env=variables, text=True)
+    with (
+        log.open("w", encoding="utf-8") as words,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, env=variables, text=True) as process,
+    ):
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             for message in _messages(process.stdout):
                 if "error" in message:
                     reason = str(message["error"])
@@ -179,11 +181,10 @@ def _run(
                     progress(method, message["done"], message["total"])
                 elif "layers" in message:
                     result = message
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        except BaseException:  # an interrupt: nobody will read what else it does
+            process.kill()
+            raise
+    code = process.returncode
     if code == 0 and result is not None:
         return result
     kept = target.with_name(f"{target.name}.log")
@@ -194,7 +195,8 @@ def _run(
     raise ExportError(f"{method}: llm-compressor failed ({reason}); what it printed is in {kept}")
 
 
-def _messages(stream: IO[str]) -> Any:
+def _messages(stream: IO[str]) -> Iterator[dict[str, Any]]:
+    """The protocol's lines; what else is printed is passed over."""
     for line in stream:
         try:
             message = json.loads(line)

@@ -16,8 +16,37 @@ from fourbit.export.scoring import RowProgress, RowScore
 PACKAGE = "xllamacpp"
 
 
-def field(file: Path, name: str) -> Any:
-    """A value of a GGUF file's metadata, or None. Raises ModelError for a damaged file."""
+def is_lora(file: Path) -> bool:
+    """Whether a GGUF file holds an adapter alone. Raises ModelError for a damaged file."""
+    return bool(_field(file, "general.type") == "adapter")
+
+
+class LlamaCpp:
+    """A GGUF model, perhaps with a LoRA file on it; a `readers.Reader`. Rows have up to `context` tokens."""
+
+    def __init__(self, path: Path, lora: Path | None, context: int) -> None:
+        # By name: an import at the top would start llama.cpp's binding for every other format too.
+        reader_class: Any = import_module("fourbit.export.gguf.llama_cpp").LlamaCppReader
+        self.name = f"llama.cpp ({PACKAGE} {version(PACKAGE)})"
+        self.chat_template: str | None = _field(path, "tokenizer.chat_template")
+        self._reader = reader_class(path, lora=lora, context=context)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._reader.tokenize(text) for text in texts]
+
+    def score(self, examples: Sequence[Example], progress: RowProgress | None = None) -> list[RowScore]:
+        rows = [(example.input_ids, example.trained) for example in examples]
+        return [
+            RowScore(-sum(token.log_probability for token in row), tuple(token.top1 for token in row))
+            for row in self._reader.score_all(rows, progress)
+        ]
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def _field(file: Path, name: str) -> Any:
+    """A value of a GGUF file's metadata, or None."""
     from gguf import GGUFReader
 
     try:
@@ -26,30 +55,3 @@ def field(file: Path, name: str) -> Any:
     except Exception as error:  # the reader raises every class there is on a damaged file
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(f"{file}: cannot be read as GGUF ({reason}); is the file complete?") from error
-
-
-def is_lora(file: Path) -> bool:
-    """Whether a GGUF file holds an adapter alone."""
-    return bool(field(file, "general.type") == "adapter")
-
-
-class LlamaCpp:
-    """A GGUF model, perhaps with a LoRA file on it; a `readers.Reader`."""
-
-    def __init__(self, path: Path, lora: Path | None = None) -> None:
-        reader_class: Any = import_module("fourbit.export.gguf.reader").LlamaCppReader
-        self.name = f"llama.cpp ({PACKAGE} {version(PACKAGE)})"
-        self.chat_template: str | None = field(path, "tokenizer.chat_template")
-        self._reader = reader_class(path, lora=lora)
-
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._reader.tokenize(text) for text in texts]
-
-    def score(self, examples: Sequence[Example], progress: RowProgress | None = None) -> list[RowScore]:
-        scores = []
-        for example in examples:
-            loss, _ = self._reader.loss(example.input_ids, example.trained)
-            scores.append(RowScore(loss, tuple(self._reader.top1(example.input_ids, example.trained))))
-            if progress is not None:
-                progress(len(scores), len(examples))
-        return scores

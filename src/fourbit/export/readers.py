@@ -67,6 +67,9 @@ class Reader(Protocol):
     def score(self, examples: Sequence[Example], progress: RowProgress | None = None) -> list[RowScore]:
         """Loss and likeliest tokens of rows."""
 
+    def close(self) -> None:
+        """Let go of the model."""
+
 
 class TorchReader:
     """A transformers or PEFT model in this process, and the tokenizer that came with it."""
@@ -79,13 +82,14 @@ class TorchReader:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]] | None:
         if self.tokenizer is None:
             return None
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        return ids
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def score(self, examples: Sequence[Example], progress: RowProgress | None = None) -> list[RowScore]:
         return score_rows(self.model, examples, progress)
+
+    def close(self) -> None:
+        self.model = None
 
 
 class FourbitReader(TorchReader):
@@ -104,11 +108,14 @@ def open_reference(settings: ModelSettings, adapter: str | os.PathLike[str] | No
     return FourbitReader(f"fourbit {fourbit.__version__}", whole.eval(), tokenizer)
 
 
-def open_reader(artifact: Path, settings: ModelSettings, gguf_base: Path | None = None) -> Reader:
+def open_reader(
+    artifact: Path, settings: ModelSettings, gguf_base: Path | None = None, context: int = 1024
+) -> Reader:
     """The reader that fits an artifact.
 
     settings   the training base's: an adapter is read on it; dtype and device are the reference's too
     gguf_base  the .gguf file that a LoRA .gguf is put on; default the base itself where it is one
+    context    tokens of the longest row, for readers that must know
 
     Raises ModelError for an artifact that cannot be read, or whose reader is not installed.
     """
@@ -116,9 +123,9 @@ def open_reader(artifact: Path, settings: ModelSettings, gguf_base: Path | None 
     require(kind, artifact)
     with _one_line(artifact):
         if kind == "gguf":
-            return LlamaCpp(artifact)
+            return LlamaCpp(artifact, None, context)
         if kind == "lora gguf":
-            return LlamaCpp(_gguf_base(artifact, settings, gguf_base), lora=artifact)
+            return LlamaCpp(_gguf_base(artifact, settings, gguf_base), artifact, context)
         device = choose_device(settings.device)
         dtype = choose_compute_dtype(settings.compute_dtype, device).dtype
         if kind == "adapter":
@@ -182,7 +189,8 @@ def _read_adapter(
     from peft import PeftModel
 
     base = _from_pretrained(Path(settings.path), dtype, device, settings.trust_remote_code)
-    model = PeftModel.from_pretrained(base, str(folder))
+    with _quiet():
+        model = PeftModel.from_pretrained(base, str(folder))
     tokenizer = _tokenizer(folder, False) if (folder / "tokenizer.json").exists() else None
     return TorchReader(_name("adapter"), model.eval(), tokenizer)
 
@@ -228,13 +236,13 @@ def _one_line(artifact: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, and no warnings of arguments that are meant."""
+    """No progress bars, and no warnings of other libraries about how they load."""
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            warnings.simplefilter("ignore")
             yield
     finally:
         hf_logging.set_verbosity(level)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import stdev
 
 from fourbit.config import RunConfig
 from fourbit.data.read import read_rows
@@ -80,7 +79,7 @@ def verify(
         rows=len(original.examples),
         tokens=sum(len(score.top1) for score in original.scores),
         base=original.base,
-        adapter=_hashed("adapter", adapter, progress) if adapter is not None else None,
+        adapter=original.adapter,
         reference=original.measured,
         bounds=bounds,
         checked=tuple(checked),
@@ -93,6 +92,7 @@ def verify(
 @dataclass(frozen=True, slots=True)
 class _Reference:
     base: provenance.Source
+    adapter: provenance.Source | None
     examples: list[Example]
     texts: list[str]
     ids: list[list[int]]
@@ -109,6 +109,7 @@ def _reference(
     progress: StageProgress | None,
 ) -> _Reference:
     began = time.monotonic()
+    adapter_source = _hashed("adapter", adapter, progress) if adapter is not None else None
     reader = open_reference(config.model, adapter)
     examples = heldout_examples(config, reader.tokenizer, files, rows)
     texts = _texts(config, reader, examples, files)
@@ -116,6 +117,7 @@ def _reference(
     place = reader.model.name_or_path if adapter is None else reader.model.get_base_model().name_or_path
     return _Reference(
         base=_hashed("base", place, progress),
+        adapter=adapter_source,
         examples=examples,
         texts=texts,
         ids=reader.tokenize(texts),
@@ -135,9 +137,15 @@ def _check(
 ) -> Checked:
     began = time.monotonic()
     source = _hashed("artifact", place, progress)
-    reader = open_reader(place, config.model, Path(gguf_base) if gguf_base is not None else None)
-    scores = reader.score(original.examples, _stage(progress, place.name))
-    ids = reader.tokenize(original.texts)
+    base = Path(gguf_base) if gguf_base is not None else None
+    # One more than the longest row: llama.cpp keeps a place for the token that it predicts.
+    context = 1 + max(len(example.input_ids) for example in original.examples)
+    reader = open_reader(place, config.model, base, context)
+    try:
+        scores = reader.score(original.examples, _stage(progress, place.name))
+        ids = reader.tokenize(original.texts)
+    finally:
+        reader.close()
     measured = _measured(reader, original.examples, scores, began)
     same_tokens = sum(map(list.__eq__, ids, original.ids)) if ids is not None else None
     same_template = reader.chat_template == original.template if ids is not None else None
@@ -217,9 +225,11 @@ def _agreement(scores: Sequence[RowScore], reference: Sequence[RowScore]) -> flo
 def _loss_error(scores: Sequence[RowScore], original: _Reference) -> float:
     """Of the relative change, from the spread of the rows' differences; 0 where there is one row."""
     differences = [ours.loss - theirs.loss for ours, theirs in zip(scores, original.scores, strict=True)]
-    spread = stdev(differences) if len(differences) > 1 else 0.0
-    tokens = sum(len(score.top1) for score in scores)
-    return _relative(spread * math.sqrt(len(differences)) / tokens, original.measured.loss)
+    count, tokens = len(differences), sum(len(score.top1) for score in scores)
+    mean = math.fsum(differences) / count
+    squares = math.fsum((difference - mean) ** 2 for difference in differences)
+    # The sum of n rows has the variance n s², s² = squares / (n - 1).
+    return _relative(math.sqrt(count * squares / max(1, count - 1)) / tokens, original.measured.loss)
 
 
 def _relative(change: float, before: float) -> float:
