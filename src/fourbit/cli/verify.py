@@ -15,7 +15,7 @@ from fourbit.cli.subject import read_subject_settings
 from fourbit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fourbit.export.verification import Bounds, Checked, Verification
+    from fourbit.exporting.verification import Bounds, Checked, Verification
 
 
 def add_parser(subparsers: Any) -> None:
@@ -75,7 +75,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bounds(args: argparse.Namespace) -> Bounds:
     """The bounds that the arguments of `add_verify_arguments` describe."""
-    from fourbit.export.verification import Bounds
+    from fourbit.exporting.verification import Bounds
 
     if not args.threshold >= 0:
         raise ConfigError(f"--threshold {args.threshold:g}: give a percentage of the loss, such as 1")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_subject_settings(args)
     adapter = args.adapter or str(Path(args.run_folder) / "adapter")
     out = console(args.json)
-    from fourbit.export.verify import verify
+    from fourbit.exporting.verify import verify
 
     with stage_progress("verify", out) as progress:
         result = verify(

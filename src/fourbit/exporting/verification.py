@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.errors import ConfigError, VerificationError
-from fourbit.export import provenance
+from fourbit.exporting import provenance
 
 FILE = "verification.json"
 #: Nats per token. Below, rounding alone can be one percent of the loss, so the bound stops shrinking with it.

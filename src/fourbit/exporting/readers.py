@@ -30,8 +30,8 @@ from fourbit.config import ModelSettings
 from fourbit.data.render import Example
 from fourbit.data.tokens import TextTokenizer
 from fourbit.errors import FourBitError, ModelError
-from fourbit.export.llama_cpp import PACKAGE, LlamaCpp, is_lora
-from fourbit.export.scoring import RowProgress, RowScore, score_rows
+from fourbit.exporting.llama_cpp import PACKAGE, LlamaCpp, is_lora
+from fourbit.exporting.scoring import RowProgress, RowScore, score_rows
 from fourbit.memory.measure import release_free_memory
 from fourbit.model.adapters import load_adapter
 from fourbit.model.compute import choose_compute_dtype, choose_device

@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fourbit.config import RunConfig
 from fourbit.data.read import read_rows
 from fourbit.data.render import Example, Renderer
 from fourbit.errors import ConfigError
-from fourbit.export import provenance
-from fourbit.export.readers import (
+from fourbit.exporting import provenance
+from fourbit.exporting.readers import (
     FourbitReader,
     Reader,
     format_of,
@@ -28,9 +28,9 @@ from fourbit.export.readers import (
     release,
     require,
 )
-from fourbit.export.rows import heldout_examples
-from fourbit.export.scoring import RowScore, answer_ids
-from fourbit.export.verification import LOSS_FLOOR, Bounds, Checked, Measured, Verification, save_record
+from fourbit.exporting.rows import heldout_examples
+from fourbit.exporting.scoring import RowScore, answer_ids
+from fourbit.exporting.verification import LOSS_FLOOR, Bounds, Checked, Measured, Verification, save_record
 
 #: Held-out rows by default: some thousand answer tokens, in which a change of 1 % of the loss shows.
 ROWS = 200
@@ -68,23 +68,21 @@ def verify(
         raise ConfigError("give at least one artifact to verify")
     for place in places:
         require(format_of(place), place)
-    bounds = bounds or Bounds()
     original = _reference(config, adapter, files, rows, progress)
     release()
-    checked = []
-    for place in places:
-        checked.append(_check(place, config, original, bounds, gguf_base, progress))
-        release()
     result = Verification(
         rows=len(original.examples),
         tokens=sum(len(score.top1) for score in original.scores),
         base=original.base,
         adapter=original.adapter,
         reference=original.measured,
-        bounds=bounds,
-        checked=tuple(checked),
+        bounds=bounds or Bounds(),
+        checked=(),
     )
-    for place, one in zip(places, checked, strict=True):
+    for place in places:
+        one = _check(place, config, original, result.bounds, gguf_base, progress)
+        release()
+        result = replace(result, checked=(*result.checked, one))
         save_record(place, one, result)
     return result
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fourbit.data.render import Example
 from fourbit.errors import ModelError
-from fourbit.export.scoring import RowProgress, RowScore
+from fourbit.exporting.scoring import RowProgress, RowScore
 
 #: The Python binding of llama.cpp.
 PACKAGE = "xllamacpp"
@@ -26,7 +26,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, lora: Path | None, context: int) -> None:
         # By name: an import at the top would start llama.cpp's binding for every other format too.
-        reader_class: Any = import_module("fourbit.export.gguf.llama_cpp").LlamaCppReader
+        reader_class: Any = import_module("fourbit.exporting.gguf.llama_cpp").LlamaCppReader
         self.name = f"llama.cpp ({PACKAGE} {version(PACKAGE)})"
         self.chat_template: str | None = _field(path, "tokenizer.chat_template")
         self._reader = reader_class(path, lora=lora, context=context)

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourbit.errors import ConfigError, ExportError, ModelError
-from fourbit.export.environment import WORKERS, find_environment, make_environment, own_variables
+from fourbit.exporting.environment import WORKERS, find_environment, own_variables
 
 METHODS = ("gptq", "awq")
 #: Those that vLLM's Marlin kernels read (MARLIN_SUPPORTED_GROUP_SIZES), best first: fewer scales to store.
@@ -69,12 +69,12 @@ def quantize_for_serving(
 ) -> ServingExport:
     """Quantize a 16-bit model folder to 4-bit integers, scales calibrated on rows of token ids.
 
-    calibration  rows as the model is trained on them, such as `rows.training_examples`
+    calibration  rows as the model is trained on them, chat template and all
     method       "gptq": symmetric, errors of earlier columns put right in later ones (arXiv:2210.17323);
                  "awq": with zero points, after scaling up what large activations meet (arXiv:2306.00978)
     group_size   weights of a row that share a scale; default the largest of GROUP_SIZES that fits every layer
-    python       interpreter with llm-compressor; default the environment in the user's cache
-    install      make that environment where there is none: downloads up to 3 GB
+    python       interpreter with llm-compressor; default see `environment.find_environment`
+    install      make an environment where there is none: downloads up to 3 GB
 
     Raises ConfigError, ModelError or ExportError before anything long starts, and ExportError with the
     worker's reason when it fails; then nothing is left at `output`.
@@ -88,7 +88,7 @@ def quantize_for_serving(
         raise ConfigError(f"{target}: exists and is not empty; choose another folder")
     layers, head = linear_layers(source)
     size = choose_group_size(layers, group_size)
-    environment = make_environment(progress=progress) if install else find_environment(python)
+    environment = find_environment(python, install, progress)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:

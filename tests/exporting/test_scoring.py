@@ -12,8 +12,8 @@ from fourbit.config import DataSettings
 from fourbit.data.encode import encode
 from fourbit.data.render import Example
 from fourbit.data.row import Row
-from fourbit.export import scoring
-from fourbit.export.scoring import answer_ids, score_rows
+from fourbit.exporting import scoring
+from fourbit.exporting.scoring import answer_ids, score_rows
 from tests.tiny import byte_tokenizer, llama
 
 ROWS = [

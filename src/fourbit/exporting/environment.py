@@ -18,8 +18,13 @@ from fourbit.errors import ExportError
 
 WORKERS = Path(__file__).parent / "workers"
 REQUIREMENTS = WORKERS / "llmcompressor.txt"
+#: The environment variable that names another Python with llm-compressor.
+VARIABLE = "FOURBIT_LLMCOMPRESSOR"
 #: Releases that the worker is written for.
 LLMCOMPRESSOR = "0.14"
+
+#: Called with what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
 
 _PROBE = """
 import json, sys
@@ -48,43 +53,42 @@ def default_folder() -> Path:
     return Path(cache) / "fourbit" / "llmcompressor"
 
 
-def find_environment(python: str | os.PathLike[str] | None = None) -> Environment:
-    """The environment of a given interpreter, else the one in the user's cache, checked.
-
-    Raises ExportError, saying how to make one, where there is none or it lacks llm-compressor.
-    """
-    place = Path(python) if python is not None else interpreter(default_folder())
-    if python is None and not place.exists():
-        raise ExportError(
-            "GPTQ and AWQ need llm-compressor in an environment of its own, and there is none in "
-            f"{default_folder()}: --make-environment makes it (downloads up to 3 GB), "
-            "or name a Python that has it with --python"
-        )
-    return check_environment(place)
-
-
-def make_environment(
-    folder: Path | None = None, progress: Callable[[str, int, int], None] | None = None
+def find_environment(
+    python: str | os.PathLike[str] | None = None, install: bool = False, progress: Progress | None = None
 ) -> Environment:
+    """The environment of a given interpreter, else of FOURBIT_LLMCOMPRESSOR, else in the user's cache.
+
+    install: make or complete the one in the user's cache where it lacks llm-compressor.
+    Raises ExportError, saying what to do, where there is none or it lacks llm-compressor.
+    """
+    named = python or os.environ.get(VARIABLE)
+    if named:
+        return check_environment(Path(named))
+    place = interpreter(default_folder())
+    try:
+        if place.exists():
+            return check_environment(place)
+    except ExportError:
+        if not install:
+            raise
+    if install:
+        return make_environment(progress=progress)
+    raise ExportError(
+        "GPTQ and AWQ need llm-compressor in an environment of its own, and there is none in "
+        f"{default_folder()}: --install makes it (downloads up to 3 GB), "
+        f"or set {VARIABLE} to a Python that has it"
+    )
+
+
+def make_environment(folder: Path | None = None, progress: Progress | None = None) -> Environment:
     """Make a virtual environment with llm-compressor, from the package index that pip is set to.
 
     An environment that is there already is completed. Raises ExportError with pip's reason.
     """
     folder = folder or default_folder()
     python = interpreter(folder)
-    steps = [
-        [sys.executable, "-m", "venv", str(folder)],
-        [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "--disable-pip-version-check",
-            "--quiet",
-            "-r",
-            str(REQUIREMENTS),
-        ],
-    ]
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    steps = [[sys.executable, "-m", "venv", str(folder)], [*pip, "-r", str(REQUIREMENTS)]]
     for number, command in enumerate(steps):
         if progress is not None:
             progress("environment", number, len(steps))

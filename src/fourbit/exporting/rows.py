@@ -1,4 +1,4 @@
-"""The rows that an export is made and judged with: some to calibrate on, held-out ones to compare."""
+"""The rows that an export is judged on: those that its run held out."""
 
 from __future__ import annotations
 
@@ -26,23 +26,8 @@ def heldout_examples(
     if named:
         heldout = encode(read_rows(named, config.data), tokenizer, config.data).examples
     else:
-        _, heldout = _parts(config, tokenizer)
+        examples = encode(read_rows(config.data.train, config.data), tokenizer, config.data).examples
+        _, heldout = split(examples, config.data.heldout_fraction, config.train.seed)  # as in training
     if not heldout:
         raise ConfigError("no rows were held out (data.heldout_fraction is 0); give --data FILE")
     return list(heldout) if count is None else sample(heldout, count, config.train.seed)
-
-
-def training_examples(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, count: int | None = None
-) -> list[Example]:
-    """`count` of the rows that the run trains on, drawn by seed."""
-    examples, _ = _parts(config, tokenizer)
-    return examples if count is None else sample(examples, count, config.train.seed)
-
-
-def _parts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, split as in training."""
-    examples = encode(read_rows(config.data.train, config.data), tokenizer, config.data).examples
-    if config.data.heldout:
-        return examples, []
-    return split(examples, config.data.heldout_fraction, config.train.seed)

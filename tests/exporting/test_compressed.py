@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from fourbit.errors import ConfigError, ExportError, ModelError
-from fourbit.export import environment
-from fourbit.export.compressed import choose_group_size, linear_layers, quantize_for_serving
-from fourbit.export.environment import (
+from fourbit.exporting import environment
+from fourbit.exporting.compressed import choose_group_size, linear_layers, quantize_for_serving
+from fourbit.exporting.environment import (
     REQUIREMENTS,
     check_environment,
     default_folder,
@@ -227,12 +227,25 @@ def test_a_file_that_is_no_interpreter(tmp_path: Path) -> None:
 
 def test_without_an_environment_the_way_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FOURBIT_LLMCOMPRESSOR", raising=False)
     assert default_folder() == tmp_path / "fourbit" / "llmcompressor"
-    with pytest.raises(ExportError, match=r"none in .*llmcompressor: --make-environment .* --python"):
+    with pytest.raises(ExportError, match=r"none in .*llmcompressor: --install .* set FOURBIT_LLMCOMPRESSOR"):
         find_environment()
+    asked: list[str] = []
+    monkeypatch.setattr(environment, "make_environment", lambda progress: asked.append("make"))
+    find_environment(install=True)
     interpreter(default_folder()).parent.mkdir(parents=True)
+    fake(tmp_path, probe="{}").rename(interpreter(default_folder()))  # pip was interrupted
+    with pytest.raises(ExportError, match="has no llm-compressor"):
+        find_environment()
+    find_environment(install=True)
+    assert asked == ["make", "make"]
     fake(tmp_path).rename(interpreter(default_folder()))
-    assert find_environment().versions == {"llmcompressor": "0.14.9"}
+    assert find_environment(install=True).versions == {"llmcompressor": "0.14.9"}
+    assert asked == ["make", "make"]
+    monkeypatch.setenv("FOURBIT_LLMCOMPRESSOR", str(fake(tmp_path, probe='{"llmcompressor": "0.14.3"}')))
+    assert find_environment().versions == {"llmcompressor": "0.14.3"}
+    assert find_environment(interpreter(default_folder())).versions == {"llmcompressor": "0.14.9"}
 
 
 #: Makes an "environment" of itself, and installs the packages unless their list says otherwise.
