@@ -212,7 +212,8 @@ class EvalSettings(_Settings):
         default=None, description="multiple choice: file of the examples, the first ones of each subject"
     )
     choice_prompt: Literal["plain", "chat"] = Field(
-        default="plain", description="multiple choice: plain text as MMLU has it, or a turn of a chat"
+        default="plain",
+        description="multiple choice and lm-eval: plain text as MMLU has it, or a turn of a chat",
     )
 
     @field_validator("metrics")

@@ -58,7 +58,9 @@ def test_the_letter_with_the_highest_logit(shots: int) -> None:
         about = f" about {question.subject}" if question.subject else ""
         of_subject = [e for e in examples if question.subject in (None, e.subject)][:shots]
         worked = "".join(f"{e.text} {'AB'[e.answer]}\n\n" for e in of_subject)
-        text = f"The following are multiple choice questions (with answers){about}.\n\n{worked}{question.text} "
+        text = (
+            f"The following are multiple choice questions (with answers){about}.\n\n{worked}{question.text} "
+        )
         logits = torch.tensor(by_hand(model, text, "ABCD"))
         assert answer == "ABCD"[int(logits.argmax())]
         assert right is (answer == "ABCD"[question.answer])

@@ -79,7 +79,7 @@ class TestEval:
         )  # fmt: skip
         result = json.loads(out)
         assert code == 0
-        assert list(result) == ["base", "adapter"]
+        assert list(result) == ["base", "adapter", "difference"]
         assert result["base"]["accuracy"]["right"] == result["base"]["choice_accuracy"]["right"] == 4
         assert result["adapter"]["accuracy"]["right"] == 0
         assert result["base"]["loss"] < 0.1 < result["adapter"]["loss"]
@@ -90,11 +90,11 @@ class TestEval:
         )
         assert code == 0
         assert "4 rows" in out
-        assert "100.0% [51.0%, 100.0%]" in out
-        assert "50.0% [15.0%, 85.0%]" in out
+        assert "100.0% [51.0, 100.0]" in out
+        assert "50.0% [15.0, 85.0]" in out
         for question, color in list(COLORS.items())[:2]:
             assert out.count(question) == 1
-            assert out.count(color) == 2
+            assert out.count(color) == 3  # in the confusion table, as reference, and as answer
 
     def test_limit_and_fast(self, run: Run, model_folder: str, test_file: str) -> None:
         code, out, _ = run(

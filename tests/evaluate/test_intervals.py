@@ -8,9 +8,11 @@ from scipy.stats import binomtest
 
 from fourbit.evaluate.intervals import (
     difference_interval,
+    loss_interval,
     mcnemar,
     mean_interval,
     paired_interval,
+    stratified_difference,
     stratified_interval,
 )
 from fourbit.evaluate.scores import Accuracy
@@ -24,7 +26,7 @@ def pairs(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], 
 
 
 def test_the_published_example() -> None:
-    """Fagerland, Lydersen, Laake (Stat. Med. 33, 2014): hyper-responsiveness before and after transplantation.
+    """Fagerland, Lydersen, Laake (Stat. Med. 33, 2014): hyper-responsiveness around a transplantation.
 
     1, 1, 7 and 12 of 21 children; Newcombe's interval of the difference, there before minus after, is
     -0.507 to -0.026 and the exact McNemar p 0.070.
@@ -81,11 +83,20 @@ def within(found: object, truth: float) -> bool:
 
 
 def test_mean_of_few() -> None:
-    assert (mean_interval([0.3]).low, mean_interval([0.3]).high) == (0.0, 1.0)
     known = mean_interval([0.0, 0.5, 1.0, 0.5])
     assert known.value == 0.5
     assert known == mean_interval([0.0, 0.5, 1.0, 0.5])
     assert 0.1 < known.low < 0.5 < known.high < 0.9
+    assert mean_interval([]).count == 0
+
+
+def test_rows_that_are_all_the_same_are_no_certainty() -> None:
+    perfect = mean_interval([1.0] * 12)
+    assert (perfect.low, perfect.high) == (Accuracy(12, 12).low, 1.0)
+    assert mean_interval([0.3]).low < 0.1 < 0.7 < mean_interval([0.3]).high
+    same = paired_interval([0.5] * 12, [0.5] * 12)
+    assert (same.value, same.clear) == (0.0, False)
+    assert same.low == -same.high < -0.4
 
 
 def test_subjects_weigh_the_same() -> None:
@@ -95,16 +106,30 @@ def test_subjects_weigh_the_same() -> None:
     assert found.high - found.value == pytest.approx(1.959964 * 0.5 / 3, abs=1e-6)
 
 
-def test_paired_losses_are_weighted_by_token() -> None:
-    before, after, tokens = [4.0, 10.0, 3.0, 8.0], [2.0, 8.0, 3.0, 5.0], [2.0, 6.0, 3.0, 4.0]
-    found = paired_interval(before, after, tokens)
+def test_subjects_of_two_models() -> None:
+    groups = [([True, False], [True, True]), ([False] * 4, [False] * 4), ([True], [False])]
+    found = stratified_difference(groups)
+    assert found.value == pytest.approx((0.5 + 0 - 1) / 3)
+    # Only the first varies: differences 0 and 1, variance 1/2, of two rows; over three squared.
+    assert found.high - found.value == pytest.approx(1.959964 * 0.5 / 3, abs=1e-6)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+
+
+def test_losses_are_weighted_by_token() -> None:
+    before, after, tokens = [4.0, 10.0, 3.0, 8.0], [2.0, 8.0, 3.0, 5.0], [2, 6, 3, 4]
+    found = loss_interval(before, after, tokens)
     assert found.value == pytest.approx(-7 / 15)
     assert found.low < found.value < found.high <= 0
     assert (found.p, found.method) == (None, "bootstrap")
-    assert paired_interval([0.5], [0.7]).high == float("inf")
+    assert loss_interval([0.5], [0.7], [1]).high == float("inf")
 
 
-@pytest.mark.parametrize("shift", [-0.5, 0.0, 0.25])
-def test_a_shift_of_every_row_is_certain(shift: float) -> None:
-    found = paired_interval([0.0, 1.0, 2.0], [shift, 1 + shift, 2 + shift])
-    assert (found.low, found.high) == (pytest.approx(shift), pytest.approx(shift))
+def test_paired_means() -> None:
+    """A shift of most rows is clear, though the rows themselves differ much more."""
+    draw = np.random.default_rng(2)
+    first = draw.random(40) * 0.8
+    second = first + np.where(draw.random(40) < 0.7, 0.1, 0.0)
+    found = paired_interval(first.tolist(), second.tolist())
+    assert found.value == pytest.approx(float((second - first).mean()))
+    assert 0.04 < found.low < found.value < found.high < 0.1
+    assert found.clear

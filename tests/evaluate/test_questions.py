@@ -115,9 +115,9 @@ def test_prompts_with_examples() -> None:
 
 
 def test_examples_that_do_not_do() -> None:
-    with pytest.raises(DataError, match="eval.shots is 2, but eval.shots_file has 1 examples of anatomy"):
+    with pytest.raises(DataError, match=r"eval.shots is 2, but eval.shots_file has 1 examples of anatomy"):
         prompt_texts([question("anatomy", "asked", 0)], [question("anatomy", "one", 0)], 2)
     finished = Question("q.jsonl:4", None, "A. x\nB. y\n", ("A", "B"), 0, finished=True)
     assert prompt_texts([finished], [], 0) == ["A. x\nB. y\n"]
-    with pytest.raises(DataError, match="q.jsonl:4: worked examples need questions with a column"):
+    with pytest.raises(DataError, match=r"q.jsonl:4: worked examples need questions with a column"):
         prompt_texts([finished], [question(None, "one", 0)], 1)

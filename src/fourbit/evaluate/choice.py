@@ -7,8 +7,9 @@ One forward pass a question, no text is generated, and only the letters compete.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +20,15 @@ from fourbit.data.template import ChatTemplate
 from fourbit.data.tokens import TextTokenizer, leading_ids
 from fourbit.errors import DataError
 from fourbit.evaluate.context import Progress, inference, prefill, transformers_model
-from fourbit.evaluate.intervals import Estimate, stratified_interval
+from fourbit.evaluate.intervals import (
+    Difference,
+    Estimate,
+    difference_interval,
+    stratified_difference,
+    stratified_interval,
+)
 from fourbit.evaluate.questions import Question, prompt_texts
-from fourbit.evaluate.scores import Accuracy, accuracy
+from fourbit.evaluate.scores import Accuracy, accuracy, as_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +41,8 @@ class ChoiceResult:
     accuracy      of all questions alike
     subjects      accuracy by subject, in the order of their first questions; empty if the rows name none
     subject_mean  mean of the subjects' accuracies, or None
-    answers       the chosen letter of each question
+    questions     those that were asked
+    answers       the chosen letter of each
     right         whether it is the right one
     confidence    its probability among the letters alone
     """
@@ -42,6 +50,7 @@ class ChoiceResult:
     accuracy: Accuracy
     subjects: dict[str, Accuracy]
     subject_mean: Estimate | None
+    questions: list[Question]
     answers: list[str]
     right: list[bool]
     confidence: list[float]
@@ -49,7 +58,33 @@ class ChoiceResult:
 
     @property
     def rows(self) -> int:
+        """How many questions were answered."""
         return self.accuracy.count
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the per-row lists."""
+        return {
+            "rows": self.rows,
+            "accuracy": as_dict(self.accuracy),
+            "subject_mean": asdict(self.subject_mean) if self.subject_mean else None,
+            "subjects": {name: as_dict(found) for name, found in self.subjects.items()},
+            "letters": dict(sorted(Counter(self.answers).items())),
+            "seconds": self.seconds,
+        }
+
+
+def differences(first: ChoiceResult, second: ChoiceResult) -> dict[str, Difference]:
+    """second minus first on the same questions: `accuracy`, and `subject_mean` where there are subjects."""
+    found = {"accuracy": difference_interval(first.right, second.right)}
+    groups: dict[str, tuple[list[bool], list[bool]]] = {}
+    for question, before, after in zip(first.questions, first.right, second.right, strict=True):
+        if question.subject is not None:
+            marks = groups.setdefault(question.subject, ([], []))
+            marks[0].append(before)
+            marks[1].append(after)
+    if groups:
+        found["subject_mean"] = stratified_difference(list(groups.values()))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +106,7 @@ def evaluate_choice(
 ) -> ChoiceResult:
     """Answer all questions; examples: those of `eval.shots_file`. progress(done, questions).
 
-    Raises DataError, naming the row, for a question that cannot be asked or is longer than the model's context.
+    Raises DataError, naming the row, for a question that cannot be asked or is longer than the context.
     """
     if not questions:
         raise DataError("there are no questions to evaluate on; give a file with at least one")
@@ -95,6 +130,7 @@ def evaluate_choice(
         accuracy=accuracy(right),
         subjects=subjects,
         subject_mean=stratified_interval(list(subjects.values())) if subjects else None,
+        questions=list(questions),
         answers=[question.letters[chosen[index][0]] for index, question in enumerate(questions)],
         right=right,
         confidence=[chosen[index][1] for index in range(len(questions))],
@@ -116,7 +152,9 @@ def choice_prompts(
     texts = prompt_texts(questions, examples, settings.shots)
     if settings.choice_prompt == "chat":
         if not tokenizer.chat_template:
-            raise DataError("eval.choice_prompt is chat, but this model has no chat template; set it to plain")
+            raise DataError(
+                "eval.choice_prompt is chat, but this model has no chat template; set it to plain"
+            )
         template, lead = ChatTemplate(tokenizer), []
         turns = [[{"role": "user", "content": text}] for text in texts]
         pairs = zip(turns, questions, strict=True)
@@ -144,8 +182,8 @@ def _prompt(sequences: list[list[int]], question: Question) -> ChoicePrompt:
     letters = [ids[shared] for ids in sequences if len(ids) > shared]
     if not shared or len(set(letters)) < len(sequences):
         raise DataError(
-            f"{question.source}: the tokenizer does not write each of {', '.join(question.letters)} as a token of "
-            "its own after the prompt, so the letters cannot be compared"
+            f"{question.source}: the tokenizer does not write each of {', '.join(question.letters)} as a "
+            "token of its own after the prompt, so the letters cannot be compared"
         )
     return ChoicePrompt(sequences[0][:shared], letters)
 
@@ -153,7 +191,7 @@ def _prompt(sequences: list[list[int]], question: Question) -> ChoicePrompt:
 def _groups(questions: Sequence[Question], shots: int) -> list[list[int]]:
     """Indices of the questions that are read together: with examples, those that share them.
 
-    A common beginning is computed once (`prefill`); without examples it is short, and large batches are worth more.
+    A common beginning is computed once (`prefill`); without examples it is short, and full batches gain more.
     """
     groups: dict[str | None, list[int]] = {}
     for index, question in enumerate(questions):

@@ -3,8 +3,10 @@
     Accuracy (scores.py)   Wilson          a proportion
     mean_interval          bootstrap       a mean of scores between 0 and 1
     stratified_interval    normal          a mean of proportions, such as of MMLU's subjects
+    stratified_difference  normal          two of these on the same rows
     difference_interval    Newcombe        two proportions on the same rows, with McNemar's exact p
-    paired_interval        bootstrap       two means, or two token-weighted losses, on the same rows
+    paired_interval        bootstrap       two means of scores on the same rows
+    loss_interval          bootstrap       two token-weighted losses on the same rows
 
 All are two-sided and of 95 %. The bootstrap (Efron 1979) draws rows with replacement and takes percentiles;
 its seed is fixed, so the same rows give the same interval.
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fourbit.evaluate.scores import Z_95, Accuracy
+from fourbit.evaluate.scores import Z_95, Accuracy, wilson
 
 RESAMPLES, _SEED = 2000, 0
 #: Rows drawn in one call: bounds memory at a few megabytes.
@@ -54,13 +56,18 @@ class Difference:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean of scores in [0, 1]. One row says nothing about the others: its interval is all of [0, 1]."""
+    """Mean of scores in [0, 1].
+
+    Where all are the same, resampling shows no spread though unseen rows may have some: then Wilson's
+    interval, which is wide enough for any score in [0, 1], since none varies more than right and wrong.
+    """
     numbers = np.asarray(values, dtype=np.float64)
-    mean = float(numbers.mean()) if len(numbers) else float("nan")
-    if len(numbers) < 2:
-        return Estimate(mean, 0.0, 1.0, len(numbers), "bootstrap")
-    low, high = _bootstrap(numbers, np.ones_like(numbers))
-    return Estimate(mean, low, high, len(numbers), "bootstrap")
+    if not len(numbers):
+        return Estimate(float("nan"), 0.0, 1.0, 0, "bootstrap")
+    mean = float(numbers.mean())
+    if np.ptp(numbers) == 0:
+        return Estimate(mean, *wilson(mean, len(numbers)), len(numbers), "bootstrap")
+    return Estimate(mean, *_bootstrap(numbers, np.ones_like(numbers)), len(numbers), "bootstrap")
 
 
 def stratified_interval(groups: Sequence[Accuracy]) -> Estimate:
@@ -75,6 +82,18 @@ def stratified_interval(groups: Sequence[Accuracy]) -> Estimate:
     half = Z_95 * sqrt(variance) / len(found) if found else float("nan")
     rows = sum(group.count for group in found)
     return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half), rows, "normal")
+
+
+def stratified_difference(groups: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> Difference:
+    """Difference of two models' means of the groups' accuracies, on the same rows.
+
+    groups: what the first and the second model got right in each.
+    """
+    changes = [np.subtract(second, first, dtype=np.float64) for first, second in groups]
+    value = float(np.mean([change.mean() for change in changes]))
+    variance = sum(float(change.var(ddof=1)) / len(change) for change in changes if len(change) > 1)
+    half = Z_95 * sqrt(variance) / len(changes)
+    return Difference(value, value - half, value + half, None, "normal")
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -106,20 +125,27 @@ def difference_interval(first: Sequence[bool], second: Sequence[bool]) -> Differ
     return Difference(value, max(-1.0, value - down), min(1.0, value + up), p, "newcombe")
 
 
-def paired_interval(
-    first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
-) -> Difference:
-    """Difference of two means on the same rows; with weights, of sums over rows divided by summed weights.
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Difference of the means of two scores in [0, 1] on the same rows."""
+    change = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    value = float(change.mean())
+    if np.ptp(change) == 0:  # as in mean_interval; differences lie in [-1, 1]
+        low, high = wilson((value + 1) / 2, len(change))
+        return Difference(value, 2 * low - 1, 2 * high - 1, None, "bootstrap")
+    return Difference(value, *_bootstrap(change, np.ones_like(change)), None, "bootstrap")
 
-    first and second are then sums over each row, such as of its tokens' losses, and weights its tokens.
+
+def loss_interval(first: Sequence[float], second: Sequence[float], tokens: Sequence[int]) -> Difference:
+    """Difference of two token-weighted losses: first and second are sums over each row's tokens.
+
+    One row gives no interval, and losses have no bound: it is then infinite.
     """
     change = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    shares = np.ones_like(change) if weights is None else np.asarray(weights, dtype=np.float64)
-    value = float(change.sum() / shares.sum())
+    weights = np.asarray(tokens, dtype=np.float64)
+    value = float(change.sum() / weights.sum())
     if len(change) < 2:
         return Difference(value, float("-inf"), float("inf"), None, "bootstrap")
-    low, high = _bootstrap(change, shares)
-    return Difference(value, low, high, None, "bootstrap")
+    return Difference(value, *_bootstrap(change, weights), None, "bootstrap")
 
 
 def _bootstrap(sums: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> tuple[float, float]:
@@ -141,7 +167,7 @@ def _correlation(pairs: Sequence[tuple[bool, bool]]) -> float:
     margins = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
     if not margins:
         return 0.0
-    product = both * neither - lost * gained
+    product: float = both * neither - lost * gained
     if product > 0:
         product = max(product - len(pairs) / 2, 0)
     return product / sqrt(margins)

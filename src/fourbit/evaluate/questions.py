@@ -3,7 +3,7 @@
     columns                              what becomes of them
     question, choices or options         the text below; the options a list, or an object by letter
     question, A, B, C, ...               the same
-    prompt and completion, or templates  a finished text, its options read off it; the completion is the letter
+    prompt and completion, or templates  a finished text, its options read off it; completion: the letter
     input, output                        the same (the files of QLoRA's repository)
 
 with `answer`, a letter, a place counted from 0, or an option's text, and perhaps `subject`:
@@ -152,7 +152,11 @@ def _answer(row: Row, options: list[str]) -> int:
 
 
 def _finished(row: Row, settings: DataSettings) -> tuple[str, str]:
-    if settings.prompt is None and {"input", "output"} <= row.fields.keys() and "instruction" not in row.fields:
+    if (
+        settings.prompt is None
+        and {"input", "output"} <= row.fields.keys()
+        and "instruction" not in row.fields
+    ):
         return _text(row, "input"), _text(row, "output").strip()
     content = interpret(row, settings, chat=False)
     if not isinstance(content, Pair):

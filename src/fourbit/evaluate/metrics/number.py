@@ -33,10 +33,8 @@ def final_number(text: str) -> Fraction | None:
         marked = _NUMBER.match(after.lstrip())
         if marked is not None:
             return _value(marked)
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
-    return _value(last) if last is not None else None
+    numbers = list(_NUMBER.finditer(text))
+    return _value(numbers[-1]) if numbers else None
 
 
 def same_number(answer: str, reference: str) -> bool:

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 #: Runs of letters and digits; of scripts that put no spaces between words, each character.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
+)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -51,9 +53,10 @@ def _f1(shared: int, given: int, wanted: int) -> float:
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one big integer a step (Hyyro 2004): bit i is place i of `one`.
+    """Length of the longest common subsequence, one big integer a step (Hyyro 2004).
 
-    A zero bit of `row` marks a place at which the common subsequence so far grows by one.
+    Bit i is place i of `one`. A zero bit of `row` marks a place at which the common subsequence so far
+    grows by one.
     """
     places: dict[str, int] = {}
     for index, word in enumerate(one):
