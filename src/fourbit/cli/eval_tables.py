@@ -130,10 +130,11 @@ def _print_figures(
     """lines: label, name among the differences, and one figure for each model."""
     table = _table(f"{title}, with 95 % intervals", out)
     table.add_column("", no_wrap=True)
+    # Where the terminal is narrow, a figure goes before its interval on two lines, and nothing is cut.
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     if differences:
-        table.add_column("difference", justify="right", no_wrap=True)
+        table.add_column("difference", justify="right")
         table.add_column("p", justify="right", no_wrap=True)
     for label, key, values in lines:
         extra = _difference(differences.get(key), key) if differences else ()

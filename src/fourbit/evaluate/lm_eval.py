@@ -36,11 +36,11 @@ class TaskScore:
 
 def check_tasks(files: Sequence[str | Path]) -> None:
     """Raise ConfigError, before a model is loaded, if the harness or a task file is missing."""
-    if find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval-harness is not installed; `pip install 'fourbit[lm-eval]'` adds it")
     for file in files:
         if not Path(file).is_file() or Path(file).suffix not in (".yaml", ".yml"):
             raise ConfigError(f"{file}: no such task file; give an lm-eval task as a local .yaml file")
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval-harness is not installed; `pip install 'fourbit[lm-eval]'` adds it")
 
 
 def score_tasks(
