@@ -75,7 +75,8 @@ CASES = [
     (
         TRAIN + "--set eval=3",
         2,
-        "settings: 'eval' = 3: must be a section with max_new_tokens, batch_size",
+        "settings: 'eval' = 3: must be a section with max_new_tokens, batch_size, metrics, pattern, shots, "
+        "shots_file, choice_prompt",
     ),
     # data: found before the model is loaded
     (

@@ -95,7 +95,9 @@ def learned(rows: list[Row]) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "100")
+
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()  # what fixtures printed
         code = main(list(words))
