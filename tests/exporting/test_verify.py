@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -281,10 +279,7 @@ def binding(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def close(self) -> None:
             self.closed = True
 
-    module = ModuleType("fourbit.exporting.gguf.llama_cpp")
-    module.LlamaCppReader = LlamaCppReader  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fourbit.exporting.gguf", ModuleType("fourbit.exporting.gguf"))
-    monkeypatch.setitem(sys.modules, "fourbit.exporting.gguf.llama_cpp", module)
+    monkeypatch.setattr(llama_cpp, "LlamaCppReader", LlamaCppReader)
     monkeypatch.setattr(readers, "find_spec", lambda name: object())
     monkeypatch.setattr(llama_cpp, "version", lambda name: "1.2")
     return opened

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fourbit.cli.checked import add_check_arguments, choose_target, find_reference
 from fourbit.cli.common import console, stage_progress
-from fourbit.cli.merge import add_origin_arguments, print_exported
+from fourbit.cli.merge import add_origin_arguments, finish
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
         epilog="example: fourbit export runs/demo --to gguf --quant Q8_0 demo-Q8_0.gguf",
     )
     add_origin_arguments(parser)
+    add_check_arguments(parser)
     parser.add_argument(
         "--to",
         required=True,
@@ -33,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         help="of what stays unquantized (default bfloat16)",
     )
     parser.add_argument(
-        "--data",
+        "--calibrate",
         action="append",
         default=[],
         metavar="FILE",
@@ -53,25 +55,28 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print what serves the result."""
+    """Export, read the result back, and print what serves it."""
+    out = console(args.json)
+    reference = find_reference(args, args.to, out)
     from fourbit.exporting.export import export
 
-    with stage_progress("export", console(args.json)) as progress:
+    into = args.into if args.to == "lora-gguf" else choose_target(args, reference, out)
+    with stage_progress("export", out) as progress:
         result = export(
             args.source,
             args.output,
             to=args.to,
             adapter=args.adapter,
             quant=args.quant,
-            into=args.into,
+            into=into,
             original=args.original,
             dtype=args.dtype,
             any_base=args.any_base,
-            data=args.data,
+            data=args.calibrate,
             group_size=args.group_size,
             install=args.install,
             overwrite=args.overwrite,
             progress=progress,
         )
-    print_exported(result, args.json)
+    finish(args, reference, result, out)
     return 0

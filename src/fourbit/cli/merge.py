@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from fourbit.cli.checked import add_check_arguments, check_result, choose_target, find_reference
 from fourbit.cli.common import console, print_json, stage_progress
 
 
@@ -18,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
         epilog="example: fourbit merge runs/demo models/demo-merged",
     )
     add_origin_arguments(parser)
+    add_check_arguments(parser)
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the result"
     )
@@ -36,7 +41,8 @@ def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--into",
         choices=("original", "dequantized"),
-        help="merge into the original weights or the restored 4-bit ones (default: original when at hand)",
+        help="merge into the original weights or the restored 4-bit ones (default: of a run those with the "
+        "lower held-out loss, else the original ones when at hand)",
     )
     parser.add_argument(
         "--original", metavar="MODEL", help="where the original weights are, if the base is in 4 bits"
@@ -47,32 +53,41 @@ def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge, and say into what."""
+    """Merge, say into what, and read it back."""
+    out = console(args.json)
+    reference = find_reference(args, "hf", out)
     from fourbit.exporting.export import merge
 
-    out = console(args.json)
+    into = choose_target(args, reference, out)
     with stage_progress("merge", out) as progress:
         result = merge(
             args.source,
             args.output,
             adapter=args.adapter,
-            into=args.into,
+            into=into,
             original=args.original,
             dtype=args.dtype,
             any_base=args.any_base,
             overwrite=args.overwrite,
             progress=progress,
         )
-    print_exported(result, args.json)
+    finish(args, reference, result, out)
     return 0
 
 
-def print_exported(result: Any, as_json: bool) -> None:
-    """What was written, what it cost, and what serves it."""
-    if as_json:
-        print_json(result.to_dict())
+def finish(args: argparse.Namespace, reference: Any, result: Any, out: Console) -> None:
+    """Say what was written, read it back, and say what serves it."""
+    if not args.json:
+        _print_written(result, out)
+    verification = check_result(args, reference, Path(result.place), out)
+    if args.json:
+        print_json({**result.to_dict(), "verification": verification})
         return
-    out = console()
+    for command in result.commands:
+        out.print(f"serve it: {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_written(result: Any, out: Console) -> None:
     lines = result.merge.lines() if result.merge is not None else []
     if result.requantized is not None:
         name, error = result.requantized.worst
@@ -81,6 +96,5 @@ def print_exported(result: Any, as_json: bool) -> None:
             f"a weight {result.requantized.mean_error:.4f} on average, at most {error:.4f} ({name})"
         )
     lines.append(f"wrote {result.place}: {result.bytes / 1e6:,.0f} MB")
-    lines += [f"serve it: {command}" for command in result.commands]
     for line in lines:
         out.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -156,7 +156,7 @@ def _check_request(to: str, output: Path, quant: str | None, dtype: str | None, 
     if dtype is not None and to in ("gguf", "lora-gguf"):
         raise ConfigError(f"dtype is not for {to}; choose the quant of a gguf, such as F16 or Q8_0")
     if calibrated and to not in ("gptq", "awq"):
-        raise ConfigError(f"data, group_size and install are for gptq and awq; {to} needs none of them")
+        raise ConfigError(f"calibration rows, group size and install are for gptq and awq, not for {to}")
     if to in ("gguf", "lora-gguf") and output.suffix != ".gguf":
         raise ConfigError(f"{output}: {to} is one file; name it {output.name}.gguf")
 
@@ -222,7 +222,7 @@ def _to_compressed(
 ) -> Exported:
     run = request.origin.run
     if run is None and not data:
-        raise ConfigError(f"{method} is calibrated on rows; give them with --data")
+        raise ConfigError(f"{method} is calibrated on rows; give them with --calibrate")
     from fourbit.exporting.compressed import CALIBRATION_ROWS, quantize_for_serving
 
     model = request.stream(request.dtype)

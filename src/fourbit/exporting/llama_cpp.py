@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fourbit.data.render import Example
 from fourbit.errors import ModelError
+from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
 from fourbit.exporting.scoring import RowProgress, RowScore
 
 #: The Python binding of llama.cpp.
@@ -25,11 +25,9 @@ class LlamaCpp:
     """A GGUF model, perhaps with a LoRA file on it; a `readers.Reader`. Rows have up to `context` tokens."""
 
     def __init__(self, path: Path, lora: Path | None, context: int) -> None:
-        # By name: an import at the top would start llama.cpp's binding for every other format too.
-        reader_class: Any = import_module("fourbit.exporting.gguf.llama_cpp").LlamaCppReader
         self.name = f"llama.cpp ({PACKAGE} {version(PACKAGE)})"
         self.chat_template: str | None = _field(path, "tokenizer.chat_template")
-        self._reader = reader_class(path, lora=lora, context=context)
+        self._reader = LlamaCppReader(path, lora=lora, context=context)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._reader.tokenize(text) for text in texts]
