@@ -26,7 +26,6 @@ from fourbit.config import (
     TrainSettings,
     dump_config,
     learning_rate_for,
-    load_config,
     resolve,
 )
 from fourbit.data.encode import Encoded, encode, sample, split
@@ -37,10 +36,14 @@ from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
 from fourbit.nn.attention import use_short_attention
-from fourbit.training import checkpoint
+from fourbit.training import checkpoint, durable, identity
+from fourbit.training.identity import Record
+from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
-from fourbit.training.metrics import MetricsWriter, truncate_after
+from fourbit.training.metrics import MetricsWriter, truncate
 from fourbit.training.progress import ProgressLine
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,12 @@ def train(
 
 def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say."""
-    _check_folder(Path(config.output), resume, overwrite)
+    folder = Path(config.output)
+    _check_folder(folder, resume, overwrite)
+    check_free(folder)
     _check_data(config)
+    if resume:
+        config = _with_compute_dtype_of(folder, config)
     model, tokenizer = prepare_model(config, console)
     return fit(model, tokenizer, config, console, resume, overwrite)
 
@@ -187,15 +194,42 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
-    """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best."""
+    """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best.
+
+    No other process can write the run folder meanwhile, and what is written is its owner's alone.
+    """
     folder = Path(config.output)
     _check_folder(folder, resume, overwrite)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing in this model is trainable; attach an adapter with fourbit.add_lora first")
+    with hold(folder):
+        return _fit_locked(model, tokenizer, config, console, resume, overwrite)
+
+
+def _fit_locked(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    console: Console,
+    resume: bool,
+    overwrite: bool,
+) -> RunResult:
+    folder = Path(config.output)
+    _check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
     _, examples, heldout = prepare_data(config, tokenizer, console)
-    resume_from = _prepare_folder(folder, config, resume, overwrite)
     work = _work(model, tokenizer, config, examples, heldout)
     total = steps_in_run(len(examples), config.train)
+    with console.status("reading what the run is made of"):
+        record = identity.describe(
+            config,
+            model,
+            examples,
+            heldout,
+            peak_rate=work.learning_rate,
+            steps=total,
+            autocast_dtype=work.autocast_dtype,
+        )
+    resume_from = _prepare_folder(folder, config, record, console, resume, overwrite)
     console.print(
         f"{len(examples):,} rows to train on, {len(heldout):,} held out; {total:,} steps of "
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
@@ -206,11 +240,11 @@ def fit(
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
     release_free_memory()
-    metrics = MetricsWriter(folder, config.train.tensorboard)
-    done = checkpoint.Progress() if resume_from is None else checkpoint.read_progress(resume_from)
+    done = 0 if resume_from is None else resume_from.state.progress.step
+    metrics = MetricsWriter(folder, config.train.tensorboard, done)
     try:
-        with ProgressLine(console, total, done.step) as line:
-            outcome = run_loop(work, metrics, line, resume_from)
+        with ProgressLine(console, total, done) as line:
+            outcome = run_loop(work, metrics, line, record, resume_from)
     finally:
         metrics.close()
     if 0 < outcome.progress.best_step < outcome.progress.step and outcome.stopped != "interrupted":
@@ -221,7 +255,8 @@ def fit(
         # A whole model is loaded with its tokenizer.
         tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
     summary = _summary(model, work, outcome)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with durable.disk_errors(str(folder / "summary.json")):
+        durable.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
 
 
@@ -273,47 +308,52 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, "
             "--output names another"
         )
-    if resume and checkpoint.newest(folder) is None:
+    if resume and not (folder / CONFIG).exists():
         raise ConfigError(f"{folder}: no checkpoint to resume from")
 
 
-def _prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
+def _prepare_folder(
+    folder: Path, config: RunConfig, record: Record, console: Console, resume: bool, overwrite: bool
+) -> checkpoint.Saved | None:
     """Make the folder ready; returns the checkpoint to resume from, or None for a fresh start."""
-    newest = checkpoint.newest(folder) if resume else None
-    if overwrite and folder.exists():
-        for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "timing.jsonl", "summary.json"):
-            (folder / name).unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot be made ({error.strerror}); name another run folder with --output"
-        ) from None
-    if newest is not None:
-        stored = load_config(folder / "config.yaml")
-        changed = _differences(stored, config)
-        if changed:
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    saved = checkpoint.newest(folder, note) if resume else None
+    if saved is not None:
+        if differing := identity.differences(saved.state, record):
             raise ConfigError(
-                f"{folder}: cannot resume, {changed[0]} differs from the run's; "
-                "restore it, or start a new run"
+                f"{folder}: cannot resume, {'; '.join(differing)}; restore it, or start a new run"
             )
-        truncate_after(folder, checkpoint.read_progress(newest).step)
-        return newest
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    return None
+        for remark in identity.remarks(saved.state, record):
+            note(remark)
+        note(f"going on after step {saved.state.progress.step:,}")
+    elif resume:
+        note("the run was stopped before its first checkpoint: starting at its first step")
+    with durable.disk_errors(str(folder)):
+        if saved is not None:
+            truncate(folder, saved.state.progress.step, saved.state.metrics_bytes)
+        elif resume or overwrite:
+            _remove_run(folder)
+        durable.write_text(folder / CONFIG, dump_config(config))
+    return saved
 
 
-def _differences(stored: RunConfig, config: RunConfig) -> list[str]:
-    old, new = stored.model_dump(), config.model_dump()
-    changed = []
-    for section in ("model", "lora", "data", "train"):
-        if old[section] is None or new[section] is None:
-            changed += [section] if old[section] != new[section] else []
-            continue
-        changed += [f"{section}.{key}" for key in new[section] if old[section][key] != new[section][key]]
-    return [key for key in changed if key != "train.tensorboard"]
+def _remove_run(folder: Path) -> None:
+    for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "timing.jsonl", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _with_compute_dtype_of(folder: Path, config: RunConfig) -> RunConfig:
+    """Under "auto", the dtype that the run to be resumed measured as the faster one, not a new measure."""
+    dtype = checkpoint.recorded_compute_dtype(folder)
+    if config.model.compute_dtype != "auto" or dtype is None:
+        return config
+    model = config.model.model_copy(update={"compute_dtype": dtype})
+    return config.model_copy(update={"model": model})
 
 
 def _summary(model: PreTrainedModel | PeftModel, work: Work, outcome: Outcome) -> dict[str, Any]:
