@@ -124,6 +124,10 @@ def killed_saves(folder: str) -> int:
     """
     import shutil
 
+    import torch
+
+    torch.set_num_threads(1)  # the children below would wait for threads that they do not have
+    made = make_run(step=2)
     count = 0
     while True:
         count += 1
@@ -131,58 +135,51 @@ def killed_saves(folder: str) -> int:
         shutil.copytree(folder, copy)
         pid = os.fork()
         if pid == 0:
-            _save_until_killed(Path(copy), count)
+            _kill_at_file_operation(count)
+            write_run(Path(copy), *made)
             os._exit(0)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
             return 0
 
 
-def write_run(folder: Path, step: int) -> None:
-    """A best adapter and a checkpoint whose tensors all hold the step's number."""
+def make_run(step: int) -> tuple[Any, Any, Any]:
+    """Model, optimizer and state of a run whose tensors all hold the step's number."""
     import torch
 
     from fourbit.model.adapters import add_lora
     from fourbit.training import checkpoint
     from tests.tiny import llama
 
-    model = add_lora(llama(), r=2)  # type: ignore[arg-type]
+    model = add_lora(llama(layers=1), r=2, target_modules=["q_proj"])  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     with torch.no_grad():
         for parameter in trained:
             parameter.fill_(step)
             optimizer.state[parameter] = {"exp_avg": parameter.clone(), "step": torch.tensor(float(step))}
+    return model, optimizer, checkpoint.State(checkpoint.Progress(step), {"bad": 0, "losses": []}, 0, {}, {})
+
+
+def write_run(folder: Path, model: Any, optimizer: Any, state: Any) -> None:
+    """The best adapter and the only checkpoint of a run."""
+    from fourbit.training import checkpoint
+
     checkpoint.save_best(folder, model)
-    state = checkpoint.State(checkpoint.Progress(step=step), {"bad": 0, "losses": []}, 0, {}, {})
     checkpoint.save(folder, model, optimizer, state, keep=1)
 
 
-def _save_until_killed(folder: Path, at: int) -> None:
+def _kill_at_file_operation(at: int) -> None:
     operations = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
-    count, armed = 0, False
+    count = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        if armed and event in operations:
+        if event in operations:
             count += 1
             if count == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    import torch
-
-    import fourbit.training.durable as durable
-
-    torch.set_num_threads(1)
     sys.addaudithook(hook)
-    real = durable.new_folder
-
-    def new_folder(path: Path) -> Path:
-        nonlocal armed
-        armed = True  # from the first write on; what comes before is building the model
-        return real(path)
-
-    durable.new_folder = new_folder
-    write_run(folder, 2)
 
 
 def _serve(log: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fourbit.config import RunConfig
 from fourbit.training import checkpoint
 from tests.training.contents import assert_same, contents
-from tests.training.runner import Runner, write_run
+from tests.training.runner import Runner, make_run, write_run
 
 #: Evaluations, checkpoints and a better adapter often; dropout, accumulation, an end on a plateau.
 BUSY = {
@@ -64,15 +64,15 @@ def test_25_kills_at_random_moments(runner: Runner, settings: Any, tmp_path: Pat
 
 def test_a_save_killed_at_each_of_its_file_operations_loses_nothing(runner: Runner, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    write_run(folder, 1)
-    write_run(tmp_path / "next", 2)
+    write_run(folder, *make_run(step=1))
+    write_run(tmp_path / "next", *make_run(step=2))
     adapters = [
         (path / "adapter/adapter_model.safetensors").read_bytes() for path in (folder, tmp_path / "next")
     ]
     ended = runner.wait(runner.request("killed_saves", folder=str(folder)))
     assert ended.status == 0, ended.output
     copies = sorted(tmp_path.glob("run-*"), key=lambda path: int(path.name.removeprefix("run-")))
-    assert len(copies) > 40
+    assert len(copies) > 50
     steps = []
     for copy in copies:
         # The adapter a user keeps is there at every moment, the old or the new one, before any clearing up.

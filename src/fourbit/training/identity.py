@@ -38,7 +38,7 @@ _MAY_CHANGE = ("train.tensorboard", "train.keep_checkpoints")
 _BASE = ("model.path", "model.revision", "model.quant_type", "model.block_size", "model.double_quant")
 #: What is compared by content or as resolved, and how the names of the settings begin that choose it.
 _CHOSEN_BY: dict[str, tuple[str, ...]] = {
-    "base": _BASE,
+    "base": (*_BASE, "model.compute_dtype"),  # what is not in 4 bits is held in it
     "adapter": ("lora",),
     "train_rows": ("data.", "train.seed"),
     "heldout_rows": ("data.", "train.seed"),
