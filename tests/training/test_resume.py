@@ -32,15 +32,16 @@ def trained(config: RunConfig, resume: bool = False, overwrite: bool = False) ->
     return stopped, out.getvalue()
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """Send Ctrl-C inside the so many-th call of a function of the loop."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Send Ctrl-C after the so many-th call of a function of the loop."""
     real, calls = getattr(loop, name), []
 
     def interrupting(*arguments: Any) -> Any:
+        result = real(*arguments)
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(*arguments)
+        return result
 
     monkeypatch.setattr(loop, name, interrupting)
 
@@ -60,8 +61,46 @@ def test_an_interrupt_around_an_evaluation(
     trained(settings(output=str(tmp_path / "whole"), lora__dropout=0.2))
     config = settings(output=str(tmp_path / "stopped"), lora__dropout=0.2)
     with monkeypatch.context() as patch:
-        stop_at(patch, where, call)
+        stop_after(patch, where, call)
         assert trained(config)[0] == first
+    assert trained(config, resume=True)[0] == "done"
+    assert_same(tmp_path / "whole", config.output)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "saved"),
+    [
+        (1, 0),
+        (5, 2),
+        (9, 4),
+        (8, 4),
+    ],  # in the first step, in the third, before and after an evaluation's step
+)
+def test_an_interrupt_between_micro_batches(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int, saved: int
+) -> None:
+    changes = {"train__eval_every": 4, "lora__dropout": 0.2}
+    trained(settings(output=str(tmp_path / "whole"), **changes))
+    config = settings(output=str(tmp_path / "stopped"), **changes)
+    with monkeypatch.context() as patch:
+        stop_after(patch, "causal_lm_loss", micro_batch)  # two to a step
+        assert trained(config)[0] == "interrupted"
+    last = tmp_path / "stopped" / "checkpoints" / f"step-{saved:06d}"
+    assert sorted((tmp_path / "stopped" / "checkpoints").iterdir())[-1] == last
+    assert trained(config, resume=True)[0] == "done"
+    whole, stopped = contents(tmp_path / "whole"), contents(config.output)
+    assert [name for name in whole if whole[name] != stopped[name]] == []
+
+
+def test_full_fine_tuning_is_taken_up_too(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"lora": "none", "model__quant_type": "none", "train__learning_rate": 0.003}
+    trained(settings(output=str(tmp_path / "whole"), **changes))
+    config = settings(output=str(tmp_path / "stopped"), **changes)
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_evaluate", 1)
+        assert trained(config)[0] == "interrupted"
     assert trained(config, resume=True)[0] == "done"
     assert_same(tmp_path / "whole", config.output)
 
@@ -98,7 +137,7 @@ def test_dropout_that_is_not_keyed_is_taken_up_too(
     config = settings(output=str(tmp_path / "stopped"), **changes)
     before = torch.get_rng_state()
     with monkeypatch.context() as patch:
-        stop_at(patch, "_optimizer_step", 5)
+        stop_after(patch, "_optimizer_step", 5)
         assert trained(config)[0] == "interrupted"
     assert torch.equal(torch.get_rng_state(), before)
     trained(config, resume=True)
@@ -126,7 +165,7 @@ def test_steps_that_were_skipped_leave_no_moments(settings: Any, monkeypatch: py
     real = loop.causal_lm_loss
     config = settings(train__max_steps=3, train__eval_every=2)
     with monkeypatch.context() as patch:
-        stop_at(patch, "_optimizer_step", 2)
+        stop_after(patch, "_optimizer_step", 2)
         patch.setattr(loop, "causal_lm_loss", lambda m, b: (real(m, b)[0] * float("nan"), 1))
         assert trained(config)[0] == "interrupted"
     saved = checkpoint.newest(Path(config.output), lambda _: None)

@@ -123,9 +123,12 @@ def run_loop(
         for step, rows in _steps(work, first_step, total) if stopped == "done" else ():
             rate = learning_rate(step, total, work.learning_rate, settings.warmup_ratio, settings.schedule)
             step_began = time.monotonic()
-            loss, grad_norm, tokens, warning = _optimizer_step(
-                work, optimizer, parameters, guard, step, rows, rate
-            )
+            taken = _optimizer_step(work, optimizer, parameters, guard, step, rows, rate, interrupted)
+            if taken is None:
+                save()
+                stopped = "interrupted"
+                break
+            loss, grad_norm, tokens, warning = taken
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
             if warning is not None:
                 line.note(warning)
@@ -200,13 +203,21 @@ def _optimizer_step(
     step: int,
     rows: list[int],
     rate: float,
-) -> tuple[float, float, int, str | None]:
-    """(mean loss per labelled token, gradient norm before clipping, tokens seen, warning or None)."""
+    interrupted: Callable[[], bool],
+) -> tuple[float, float, int, str | None] | None:
+    """(mean loss per labelled token, gradient norm before clipping, tokens seen, warning or None).
+
+    None after an interrupt between two micro-batches: the step is given up and has changed nothing, since
+    who sends SIGTERM may not wait for the end of a long step.
+    """
     # Position 0 predicts nothing before it, so a label there carries no loss.
     labelled = max(1, sum(sum(work.train[row].trained[1:]) for row in rows))
     keys = key_source(work.model)
     loss = 0.0
     for index, micro in enumerate(micro_batches(rows, work.train, work.settings.micro_batch)):
+        if index > 0 and interrupted():
+            optimizer.zero_grad(set_to_none=True)
+            return None
         seed_micro_batch(work.settings.seed, step, index)
         batch = collate([work.train[row] for row in micro], work.pad_id).to(work.device)
         if keys is not None:
@@ -272,7 +283,7 @@ def _autocast(work: Work) -> AbstractContextManager[object]:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM sets a flag that the loop reads after its step; a second stops at once."""
+    """The first Ctrl-C or SIGTERM sets a flag that the loop reads; a second one stops at once."""
     raised = False
 
     def handle(signum: int, frame: FrameType | None) -> None:
