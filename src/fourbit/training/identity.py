@@ -216,7 +216,7 @@ def _identity_differs(key: str, stored: State, now: Record) -> str:
     name = _NAMES.get(key, f"the version of {key}" if key in _LIBRARIES else f"the {key}")
     if key in ("base", "train_rows", "heldout_rows", "adapter"):  # hashes say nothing to a person
         return f"{name} differs from the run's"
-    return f"{name} differs from the run's ({stored.identity[key]}, now {now.identity[key]})"
+    return f"{name} differs from the run's ({stored.identity.get(key)}, now {now.identity[key]})"
 
 
 def _adapter(model: nn.Module) -> dict[str, Any]:
