@@ -126,7 +126,7 @@ def test_a_full_disk_loses_nothing(runner: Runner, settings: Any, tmp_path: Path
     error = ended.output.strip().splitlines()[-1]
     assert "step-000006 cannot be written" in error
     assert "File too large" in error
-    assert "what was saved before is whole: make room, then go on with --resume" in error
+    assert "what was saved before is whole: put that right, then go on with --resume" in error
     folder = Path(config.output)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"]
     assert checkpoint.newest(folder, lambda _: None) is not None

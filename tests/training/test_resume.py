@@ -288,7 +288,9 @@ def test_what_was_moved_away_comes_back(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / "text.partial").write_text("half")
-    durable.recover(tmp_path)
+    assert durable.settled_names(tmp_path) == {"kept", "both", "new", "text"}
+    for name in ("kept", "both", "new", "text"):
+        durable.recover(tmp_path / name)
     assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
         "kept": "kept.old",
         "both": "both",

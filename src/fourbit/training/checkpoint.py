@@ -129,8 +129,11 @@ def newest(folder: Path, note: Callable[[str], None]) -> Saved | None:
     Clears up after a crash first. Each damaged checkpoint that is passed over is reported to `note` in one
     line. Raises TrainingError when all are damaged.
     """
-    durable.recover(folder)
-    durable.recover(folder / _FOLDER)
+    for path in (
+        folder / ADAPTER,
+        *(folder / _FOLDER / name for name in durable.settled_names(folder / _FOLDER)),
+    ):
+        durable.recover(path)
     found = _by_step(folder)
     for path in reversed(found):
         try:

@@ -86,18 +86,24 @@ def remove(path: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def recover(folder: Path) -> None:
-    """Clear up what a crash has left in a folder: unfinished writes go, what was moved away comes back."""
-    for old in folder.glob(f"*{_OLD}"):
-        if (path := old.with_name(old.name.removesuffix(_OLD))).exists():
+def recover(path: Path) -> None:
+    """Clear up after a write to `path` that a crash cut off: a half goes, what was moved away comes back."""
+    partial, old = partial_of(path), path.with_name(path.name + _OLD)
+    if old.is_dir():
+        if path.exists():
             shutil.rmtree(old)
         else:
             os.replace(old, path)
-    for partial in folder.glob(f"*{_PARTIAL}"):
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink()
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
+
+
+def settled_names(folder: Path) -> set[str]:
+    """Names in a folder, without the endings that unfinished writes have."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return {name.removesuffix(_PARTIAL).removesuffix(_OLD) for name in names}
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -128,7 +134,7 @@ def disk_errors(what: str) -> Iterator[None]:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise TrainingError(
             f"{what} cannot be written ({reason}); what was saved before is whole: "
-            "make room, then go on with --resume"
+            "put that right, then go on with --resume"
         ) from error
 
 
