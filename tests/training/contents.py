@@ -17,6 +17,9 @@ def contents(folder: str | Path) -> dict[str, Any]:
         if path.is_file()
     }
     found["timing.jsonl"] = found["config.yaml"] = b""
+    for name in ("provenance.json", "adapter/provenance.json"):  # the command and the name of the folder
+        if name in found:
+            found[name] = [(step["sources"], step["effect"]) for step in json.loads(found[name])["steps"]]
     summary = json.loads(found["summary.json"])
     found["summary.json"] = {key: value for key, value in summary.items() if key not in CLOCK}
     return found

@@ -3,13 +3,13 @@
 config.yaml      the resolved settings        summary.json   what came out, in one place
 metrics.jsonl    what the settings determine  timing.jsonl   what the clock says
 checkpoints/     for resuming                 adapter/       the best, in PEFT's format
+provenance.json  what it is made from, here and in adapter/
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourbit.config import (
-    DataSettings,
-    RunConfig,
-    TrainSettings,
-    dump_config,
-    learning_rate_for,
-    resolve,
-)
+from fourbit.config import DataSettings, RunConfig, TrainSettings, dump_config, learning_rate_for, resolve
 from fourbit.data.encode import Encoded, encode, sample, split
 from fourbit.data.read import read_rows
 from fourbit.errors import ConfigError, DataError, nearest
@@ -37,13 +30,12 @@ from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
 from fourbit.nn.attention import use_short_attention
 from fourbit.training import checkpoint, durable, identity
-from fourbit.training.identity import Record
 from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
-from fourbit.training.metrics import MetricsWriter, truncate
+from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine
-
-CONFIG = "config.yaml"
+from fourbit.training.record import describe_sources, held_as, write_record
+from fourbit.training.run_folder import check_folder, prepare_folder, with_measured_dtype
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ def train(
     Raises ConfigError, DataError or TrainingError in one line.
     """
     tree: dict[str, Any] = {
-        "model": {"path": _name_of(model)},
+        "model": {"path": _name_of(model), **held_as(model)},
         "data": {},
         "train": {},
         "output": os.fspath(output),
@@ -100,11 +92,11 @@ def train(
 def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say."""
     folder = Path(config.output)
-    _check_folder(folder, resume, overwrite)
+    check_folder(folder, resume, overwrite)
     check_free(folder)
     _check_data(config)
     if resume:
-        config = _with_compute_dtype_of(folder, config)
+        config = with_measured_dtype(folder, config)
     model, tokenizer = prepare_model(config, console)
     return fit(model, tokenizer, config, console, resume, overwrite)
 
@@ -199,7 +191,7 @@ def fit(
     No other process can write the run folder meanwhile, and what is written is its owner's alone.
     """
     folder = Path(config.output)
-    _check_folder(folder, resume, overwrite)
+    check_folder(folder, resume, overwrite)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing in this model is trainable; attach an adapter with fourbit.add_lora first")
     with hold(folder):
@@ -215,7 +207,7 @@ def _fit_locked(
     overwrite: bool,
 ) -> RunResult:
     folder = Path(config.output)
-    _check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
+    check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
     _, examples, heldout = prepare_data(config, tokenizer, console)
     work = _work(model, tokenizer, config, examples, heldout)
     total = steps_in_run(len(examples), config.train)
@@ -229,7 +221,8 @@ def _fit_locked(
             steps=total,
             autocast_dtype=work.autocast_dtype,
         )
-    resume_from = _prepare_folder(folder, config, record, console, resume, overwrite)
+    resume_from = prepare_folder(folder, config, record, console, resume, overwrite)
+    sources = describe_sources(_name_of(model), config.data, console)
     console.print(
         f"{len(examples):,} rows to train on, {len(heldout):,} held out; {total:,} steps of "
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
@@ -257,6 +250,7 @@ def _fit_locked(
     summary = _summary(model, work, outcome)
     with durable.disk_errors(str(folder / "summary.json")):
         durable.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_record([folder, folder / checkpoint.ADAPTER], config, sources, summary)
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
 
 
@@ -298,62 +292,6 @@ def _check_data(config: RunConfig) -> None:
     The rows are read again when they are needed, not kept beside the model.
     """
     read_rows([*config.data.train, *config.data.heldout], config.data)
-
-
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is a file; name another run folder with --output")
-    if (folder / "metrics.jsonl").exists() and not resume and not overwrite:
-        raise ConfigError(
-            f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, "
-            "--output names another"
-        )
-    if resume and not (folder / CONFIG).exists():
-        raise ConfigError(f"{folder}: no checkpoint to resume from")
-
-
-def _prepare_folder(
-    folder: Path, config: RunConfig, record: Record, console: Console, resume: bool, overwrite: bool
-) -> checkpoint.Saved | None:
-    """Make the folder ready; returns the checkpoint to resume from, or None for a fresh start."""
-
-    def note(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
-    saved = checkpoint.newest(folder, note) if resume else None
-    if saved is not None:
-        if differing := identity.differences(saved.state, record):
-            raise ConfigError(
-                f"{folder}: cannot resume, {'; '.join(differing)}; restore it, or start a new run"
-            )
-        for remark in identity.remarks(saved.state, record):
-            note(remark)
-        note(f"going on after step {saved.state.progress.step:,}")
-    elif resume:
-        note("the run was stopped before its first checkpoint: starting at its first step")
-    with durable.disk_errors(str(folder)):
-        if saved is not None:
-            truncate(folder, saved.state.progress.step, saved.state.metrics_bytes)
-        elif resume or overwrite:
-            _remove_run(folder)
-        durable.write_text(folder / CONFIG, dump_config(config))
-    return saved
-
-
-def _remove_run(folder: Path) -> None:
-    for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "timing.jsonl", "summary.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _with_compute_dtype_of(folder: Path, config: RunConfig) -> RunConfig:
-    """Under "auto", the dtype that the run to be resumed measured as the faster one, not a new measure."""
-    dtype = checkpoint.recorded_compute_dtype(folder)
-    if config.model.compute_dtype != "auto" or dtype is None:
-        return config
-    model = config.model.model_copy(update={"compute_dtype": dtype})
-    return config.model_copy(update={"model": model})
 
 
 def _summary(model: PreTrainedModel | PeftModel, work: Work, outcome: Outcome) -> dict[str, Any]:
