@@ -89,7 +89,8 @@ class ModelSettings(_Settings):
         default=True, description="quantize the scales too (0.127 instead of 0.5 bits)"
     )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="auto", description="dtype of matrix products; auto takes the faster of bfloat16 and float32"
+        default="auto",
+        description="dtype of matrix products; auto measures which of bfloat16 and float32 is faster",
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
@@ -193,6 +194,11 @@ class TrainSettings(_Settings):
     )
     early_stop_patience: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better held-out loss"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")
+    deterministic: bool = Field(
+        default=True,
+        description="the same run gives the same bytes; false lets a GPU take faster kernels that race",
     )
     seed: int = Field(default=0, ge=0, description="seed of split, order, adapter initialisation and dropout")
     tensorboard: bool = Field(default=False, description="also write TensorBoard events into the run folder")

@@ -130,7 +130,7 @@ def _train_and_score(
     folder = Path(config.output)
     summary = _summary(folder)
     if summary.get("stopped") not in ("done", "early"):
-        resume = checkpoint.newest(folder) is not None
+        resume = checkpoint.exists(folder)
         if training.run(config, console, resume=resume, overwrite=not resume).stopped == "interrupted":
             return Outcome("interrupted", "interrupted")
         summary = _summary(folder)

@@ -29,12 +29,13 @@ from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
 from fourbit.nn.attention import use_short_attention
-from fourbit.training import checkpoint
+from fourbit.training import checkpoint, durable, identity
+from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine
 from fourbit.training.record import describe_sources, held_as, write_record
-from fourbit.training.run_folder import check_folder, prepare_folder
+from fourbit.training.run_folder import check_folder, prepare_folder, with_measured_dtype
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,12 @@ def train(
 
 def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say."""
-    check_folder(Path(config.output), resume, overwrite)
+    folder = Path(config.output)
+    check_folder(folder, resume, overwrite)
+    check_free(folder)
     _check_data(config)
+    if resume:
+        config = with_measured_dtype(folder, config)
     model, tokenizer = prepare_model(config, console)
     return fit(model, tokenizer, config, console, resume, overwrite)
 
@@ -181,16 +186,43 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
-    """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best."""
+    """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best.
+
+    No other process can write the run folder meanwhile, and what is written is its owner's alone.
+    """
     folder = Path(config.output)
     check_folder(folder, resume, overwrite)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing in this model is trainable; attach an adapter with fourbit.add_lora first")
+    with hold(folder):
+        return _fit_locked(model, tokenizer, config, console, resume, overwrite)
+
+
+def _fit_locked(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    console: Console,
+    resume: bool,
+    overwrite: bool,
+) -> RunResult:
+    folder = Path(config.output)
+    check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
     _, examples, heldout = prepare_data(config, tokenizer, console)
-    resume_from = prepare_folder(folder, config, resume, overwrite)
-    sources = describe_sources(_name_of(model), config.data, console)
     work = _work(model, tokenizer, config, examples, heldout)
     total = steps_in_run(len(examples), config.train)
+    with console.status("reading what the run is made of"):
+        record = identity.describe(
+            config,
+            model,
+            examples,
+            heldout,
+            peak_rate=work.learning_rate,
+            steps=total,
+            autocast_dtype=work.autocast_dtype,
+        )
+    resume_from = prepare_folder(folder, config, record, console, resume, overwrite)
+    sources = describe_sources(_name_of(model), config.data, console)
     console.print(
         f"{len(examples):,} rows to train on, {len(heldout):,} held out; {total:,} steps of "
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
@@ -201,11 +233,11 @@ def fit(
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
     release_free_memory()
-    metrics = MetricsWriter(folder, config.train.tensorboard)
-    done = checkpoint.Progress() if resume_from is None else checkpoint.read_progress(resume_from)
+    done = 0 if resume_from is None else resume_from.state.progress.step
+    metrics = MetricsWriter(folder, config.train.tensorboard, done)
     try:
-        with ProgressLine(console, total, done.step) as line:
-            outcome = run_loop(work, metrics, line, resume_from)
+        with ProgressLine(console, total, done) as line:
+            outcome = run_loop(work, metrics, line, record, resume_from)
     finally:
         metrics.close()
     if 0 < outcome.progress.best_step < outcome.progress.step and outcome.stopped != "interrupted":
@@ -216,8 +248,9 @@ def fit(
         # A whole model is loaded with its tokenizer.
         tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
     summary = _summary(model, work, outcome)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_record([folder, folder / checkpoint.ADAPTER], config, sources, summary)
+    with durable.disk_errors(str(folder / "summary.json")):
+        durable.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_record([folder, folder / checkpoint.ADAPTER], config, sources, summary)
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
 
 

@@ -1,15 +1,20 @@
-"""The folder of a run: when it may be used, and what must agree for it to be resumed."""
+"""The folder of a run: when it may be used, and making it ready for a fresh or a resumed run."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from fourbit.config import RunConfig, dump_config, load_config
+from rich.console import Console
+
+from fourbit.config import RunConfig, dump_config
 from fourbit.errors import ConfigError
 from fourbit.exporting import provenance
-from fourbit.training import checkpoint
-from fourbit.training.metrics import truncate_after
+from fourbit.training import checkpoint, durable, identity
+from fourbit.training.identity import Record
+from fourbit.training.metrics import truncate
+
+_CONFIG = "config.yaml"
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -21,44 +26,49 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, "
             "--output names another"
         )
-    if resume and checkpoint.newest(folder) is None:
+    if resume and not (folder / _CONFIG).exists():
         raise ConfigError(f"{folder}: no checkpoint to resume from")
 
 
-def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
+def prepare_folder(
+    folder: Path, config: RunConfig, record: Record, console: Console, resume: bool, overwrite: bool
+) -> checkpoint.Saved | None:
     """Make the folder ready; returns the checkpoint to resume from, or None for a fresh start."""
-    newest = checkpoint.newest(folder) if resume else None
-    if overwrite and folder.exists():
-        for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "timing.jsonl", "summary.json", provenance.FILE):
-            (folder / name).unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot be made ({error.strerror}); name another run folder with --output"
-        ) from None
-    if newest is not None:
-        stored = load_config(folder / "config.yaml")
-        changed = _differences(stored, config)
-        if changed:
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    saved = checkpoint.newest(folder, note) if resume else None
+    if saved is not None:
+        if differing := identity.differences(saved.state, record):
             raise ConfigError(
-                f"{folder}: cannot resume, {changed[0]} differs from the run's; "
-                "restore it, or start a new run"
+                f"{folder}: cannot resume, {'; '.join(differing)}; restore it, or start a new run"
             )
-        truncate_after(folder, checkpoint.read_progress(newest).step)
-        return newest
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    return None
+        for remark in identity.remarks(saved.state, record):
+            note(remark)
+        note(f"going on after step {saved.state.progress.step:,}")
+    elif resume:
+        note("the run was stopped before its first checkpoint: starting at its first step")
+    with durable.disk_errors(str(folder)):
+        if saved is not None:
+            truncate(folder, saved.state.progress.step, saved.state.metrics_bytes)
+        elif resume or overwrite:
+            _remove_run(folder)
+        durable.write_text(folder / _CONFIG, dump_config(config))
+    return saved
 
 
-def _differences(stored: RunConfig, config: RunConfig) -> list[str]:
-    old, new = stored.model_dump(), config.model_dump()
-    changed = []
-    for section in ("model", "lora", "data", "train"):
-        if old[section] is None or new[section] is None:
-            changed += [section] if old[section] != new[section] else []
-            continue
-        changed += [f"{section}.{key}" for key in new[section] if old[section][key] != new[section][key]]
-    return [key for key in changed if key != "train.tensorboard"]
+def with_measured_dtype(folder: Path, config: RunConfig) -> RunConfig:
+    """Under "auto", the dtype that the run to be resumed measured as the faster one, not a new measure."""
+    dtype = checkpoint.recorded_compute_dtype(folder)
+    if config.model.compute_dtype != "auto" or dtype is None:
+        return config
+    model = config.model.model_copy(update={"compute_dtype": dtype})
+    return config.model_copy(update={"model": model})
+
+
+def _remove_run(folder: Path) -> None:
+    for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "timing.jsonl", "summary.json", provenance.FILE):
+        (folder / name).unlink(missing_ok=True)
