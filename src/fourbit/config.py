@@ -122,8 +122,9 @@ class DataSettings(_Settings):
         default=None, description='template of the answer over columns, such as "{label}"'
     )
     system: str | None = Field(default=None, description="system message put before every conversation")
-    loss: Literal["completions", "all"] = Field(
-        default="completions", description="train on answers only, or on all tokens"
+    loss: Literal["completions", "last", "all"] = Field(
+        default="completions",
+        description="train on every answer (completions), on the last answer of a row, or on all tokens",
     )
     max_length: int = Field(
         default=1024, ge=8, description="tokens; longer rows are dropped and counted, plain text is chunked"

@@ -119,7 +119,7 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, {}, "message 1 has no content; each message needs role and content"),
     ({"messages": [{"role": 1, "content": "a"}]}, {}, "message 1: role is a number (1), must be text"),
     ({"conversations": [{"from": 1, "value": "a"}]}, {}, "message 1: role is a number (1), must be text"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, {}, "message 1: content is a list, must be text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, {}, "message 1: content holds a part that is not text (text); remove it"),
     ({"messages": [*CHAT, {"role": "assistant", "content": " "}]}, {}, "message 3: the assistant's content is empty; fill it or remove the row"),
     ({"messages": []}, {}, "the conversation has no assistant turn, so there is nothing to train on; add one or remove the row"),
     ({"messages": CHAT[:1]}, {}, "the conversation has no assistant turn, so there is nothing to train on; add one or remove the row"),

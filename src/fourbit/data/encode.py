@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fourbit.config import DataSettings
 from fourbit.data.forms import Conversation, Document, interpret
 from fourbit.data.order import SAMPLE, SPLIT, permutation
-from fourbit.data.render import Example, Renderer, before_answer, with_system
+from fourbit.data.render import Example, Renderer, before_answer, tools_of, with_system
 from fourbit.data.row import Row
 from fourbit.data.template import ChatTemplate
 from fourbit.data.tokens import leading_ids
@@ -65,7 +65,7 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Da
     if not rows:
         raise DataError("there are no rows to train on; give a file with at least one")
     renderer = Renderer(tokenizer, settings)
-    rendered = [renderer.text(row) for row in rows]
+    rendered = [text for row in rows for text in renderer.texts(row)]
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     longest_dropped = 0
@@ -108,7 +108,9 @@ def prompt_only(
         )
     if tokenizer.chat_template:
         messages = with_system(content, settings)
-        text = ChatTemplate(tokenizer).text(messages[:-1], row.source, answer_next=True)
+        text = ChatTemplate(tokenizer).text(
+            messages[:-1], row.source, answer_next=True, tools=tools_of(content)
+        )
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], messages[-1]["content"]
     assert not isinstance(content, Conversation)
     ids = tokenizer(before_answer(content), add_special_tokens=False, verbose=False)["input_ids"]

@@ -18,11 +18,11 @@ from string import Formatter
 from typing import Any, Literal
 
 from fourbit.config import DataSettings
-from fourbit.data.row import Row, kind_of
+from fourbit.data.row import Row, RowError, kind_of
+from fourbit.data.turns import Message, check_message, check_tools
 from fourbit.errors import DataError, nearest
 
 Form = Literal["messages", "prompt_completion", "instruction", "text"]
-Message = dict[str, Any]
 
 #: Each form's columns in the order in which they are looked for; `|` separates names for the same thing.
 COLUMNS: dict[Form, tuple[str, ...]] = {
@@ -44,14 +44,16 @@ ALPACA_PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
 )
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns with `role` and `content`; at least one is the assistant's, and so is the last."""
+    """Turns with `role` and `content`; at least one is the assistant's, and so is the last.
+
+    tools  descriptions of the functions that the assistant may call, for the chat template
+    """
 
     messages: list[Message]
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def interpret(row: Row, settings: DataSettings, *, chat: bool) -> Conversation |
     if form == "text":
         text = _text(row, "text")
         if not text.strip():
-            raise DataError(f"{row.source}: 'text' is empty; remove the row")
+            raise RowError("empty", f"{row.source}: 'text' is empty; remove the row")
         return Document(text)
     if form == "instruction":
         return _pair(row, _instruction(row, chat), _text(row, "output"), "'output'")
@@ -123,44 +125,31 @@ def _conversation(row: Row, chat: bool) -> Conversation:
     column = "messages" if "messages" in row.fields else "conversations"
     value = row.fields[column]
     if not isinstance(value, list):
-        raise DataError(
-            f"{row.source}: '{column}' is {kind_of(value)}, must be a list of objects with role and content"
+        raise RowError(
+            "refused",
+            f"{row.source}: '{column}' is {kind_of(value)}, must be a list of objects with role and content",
         )
-    messages = [_message(item, f"{row.source}: message {n}") for n, item in enumerate(value, start=1)]
+    messages = [check_message(item, f"{row.source}: message {n}") for n, item in enumerate(value, start=1)]
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
+        raise RowError(
+            "no_trained_token",
             f"{row.source}: the conversation has no assistant turn, so there is nothing to train on; "
-            "add one or remove the row"
+            "add one or remove the row",
         )
     if messages[-1]["role"] != "assistant":
-        raise DataError(
+        raise RowError(
+            "no_end_token",
             f"{row.source}: the conversation ends with a {messages[-1]['role']} turn, must end with the "
-            "assistant's; cut it after the last answer"
+            "assistant's; cut it after the last answer",
         )
     for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise DataError(
-                f"{row.source}: message {number}: the assistant's content is empty; fill it or remove the row"
+        if message["role"] == "assistant" and not (message["content"].strip() or message.get("tool_calls")):
+            raise RowError(
+                "empty",
+                f"{row.source}: message {number}: the assistant's content is empty; "
+                "fill it or remove the row",
             )
-    return Conversation(messages)
-
-
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise DataError(f"{where} is {kind_of(item)}, must be an object with role and content")
-    # Parquet fills the keys that a message lacks with null.
-    message = {key: value for key, value in item.items() if value is not None}
-    if "from" in message and "role" not in message:
-        role = message.pop("from")
-        message["role"] = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        if "content" not in message and "value" in message:
-            message["content"] = message.pop("value")
-    for key in ("role", "content"):
-        if key not in message:
-            raise DataError(f"{where} has no {key}; each message needs role and content")
-        if not isinstance(message[key], str):
-            raise DataError(f"{where}: {key} is {kind_of(message[key])}, must be text")
-    return message
+    return Conversation(messages, check_tools(row.fields.get("tools"), row.source))
 
 
 def _instruction(row: Row, chat: bool) -> str:
@@ -174,8 +163,9 @@ def _instruction(row: Row, chat: bool) -> str:
 
 def _pair(row: Row, prompt: str, completion: str, name: str) -> Pair:
     if not completion.strip():
-        raise DataError(
-            f"{row.source}: {name} is empty, so there is nothing to train on; fill it or remove the row"
+        raise RowError(
+            "empty",
+            f"{row.source}: {name} is empty, so there is nothing to train on; fill it or remove the row",
         )
     return Pair(prompt, completion)
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from fourbit.errors import DataError
+
+#: Why a row cannot be trained, by the names that `data.allow` takes.
+Problem = Literal["empty", "no_trained_token", "no_end_token", "refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,14 @@ class Row:
     def source(self) -> str:
         """`file:line`, the beginning of every message about this row."""
         return f"{self.file}:{self.line}"
+
+
+class RowError(DataError):
+    """A row that cannot be trained; `problem` names the kind, the message file and line."""
+
+    def __init__(self, problem: Problem, message: str) -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 def kind_of(value: object) -> str:
