@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fourbit.errors import ConfigError, nearest
 
 QuantType = Literal["nf4", "fp4", "int4", "none"]
+#: Why a row cannot be trained.
+Problem = Literal["empty", "no_trained_token", "no_end_token", "refused"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 #: QLoRA table 9: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B.
@@ -127,7 +129,17 @@ class DataSettings(_Settings):
         description="train on every answer (completions), on the last answer of a row, or on all tokens",
     )
     max_length: int = Field(
-        default=1024, ge=8, description="tokens; longer rows are dropped and counted, plain text is chunked"
+        default=1024, ge=8, description="tokens; what happens to longer rows says too_long"
+    )
+    too_long: Literal["drop", "split_turns", "keep_end"] = Field(
+        default="drop",
+        description="rows longer than max_length: drop them, split conversations at user turns, or keep "
+        "their end; all are counted, and plain text is always chunked",
+    )
+    allow: Annotated[tuple[Problem, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(),
+        description="kinds of rows that cannot be trained, to be dropped and counted where they would refuse "
+        "the run: empty, no_trained_token, no_end_token, refused",
     )
     max_rows: int | None = Field(
         default=None, ge=1, description="use only so many training rows, drawn by seed"

@@ -117,7 +117,7 @@ def test_banking77_as_the_demo_carries_it(settings):
 
 
 MALFORMED = [
-    ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl:2: the row is empty; remove the blank line"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl:2: the row is empty; remove it"),
     ("a.jsonl", b'{"text": "a"}\n{}\n', "a.jsonl:2: the row is empty; remove it"),
     ("a.jsonl", b'{"text": "a"}\n{"text": }\n', "a.jsonl:2: not valid JSON (Expecting value, column 10); repair the row"),
     ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "a.jsonl:2: not valid JSON (nested too deeply); repair the row"),
@@ -145,8 +145,8 @@ MALFORMED = [
     ("a.json", b'[{"text": "\xff"}]', "a.json: not valid UTF-8 (byte 11); save the file as UTF-8"),
     ("a.json", b"[" * 100_000, "a.json:1: not valid JSON (nested too deeply); repair the row"),
     ("a.csv", b"text,label\n", "a.csv: holds no rows; give a file with at least one"),
-    ("a.csv", b"text,label\na,b\n\nc,d\n", "a.csv:3: the row is empty; remove the line"),
-    ("a.csv", b"text,label\na,b\n,\n", "a.csv:3: the row is empty; remove the line"),
+    ("a.csv", b"text,label\na,b\n\nc,d\n", "a.csv:3: the row is empty; remove it"),
+    ("a.csv", b"text,label\na,b\n,\n", "a.csv:3: the row is empty; remove it"),
     (
         "a.csv",
         b'text,label\n"a\nb",c\nd,e,f\n',

@@ -18,7 +18,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from fourbit.config import DataSettings
-from fourbit.data.row import Row, RowError, kind_of
+from fourbit.data.row import Row, RowError, blank_row, kind_of
 from fourbit.data.turns import Message, check_message, check_tools
 from fourbit.errors import DataError, nearest
 
@@ -101,6 +101,8 @@ def interpret(row: Row, settings: DataSettings, *, chat: bool) -> Conversation |
     `chat` says whether the model has a chat template: an instruction is then the plain user turn, and
     without one it stands in the Alpaca prompt. Raises DataError, naming the row and its column.
     """
+    if not row.fields:
+        raise blank_row(row)
     form = form_of(row, settings)
     if form == "messages":
         return _conversation(row, chat)

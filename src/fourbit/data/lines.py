@@ -18,7 +18,8 @@ def json_lines(path: Path) -> Iterator[Row]:
         return
     for number, raw in enumerate(lines, start=1):
         if not raw.strip():
-            raise DataError(f"{path}:{number}: the row is empty; remove the blank line")
+            yield Row({}, str(path), number)
+            continue
         text = _decode(raw, f"{path}:{number}")
         try:
             value = json.loads(text)
@@ -92,8 +93,6 @@ def _malformed(path: Path, line: int, reason: str) -> DataError:
 def _object(value: Any, path: Path, line: int) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{path}:{line}: the row is {kind_of(value)}, must be an object with named columns")
-    if not value:
-        raise DataError(f"{path}:{line}: the row is empty; remove it")
     return Row(value, str(path), line)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fourbit.config import DataSettings
 from fourbit.data.forms import form_of
 from fourbit.data.lines import json_lines, json_list, whole_text
-from fourbit.data.row import Row
+from fourbit.data.row import Row, blank_row
 from fourbit.data.tables import datasets_folder, delimited, parquet
 from fourbit.errors import DataError, nearest
 
@@ -38,8 +38,9 @@ def read_rows(paths: Sequence[str | Path], settings: DataSettings) -> list[Row]:
     A path is a file with one of the suffixes of `READERS` or a folder written by
     `datasets.Dataset.save_to_disk`. A `.txt` or `.md` file is one row with the column `text`.
 
-    Raises DataError, naming file and line: missing or empty file, empty or malformed row, a row that is
-    not an object, columns of which no form can be made under `settings`.
+    Raises DataError, naming file and line: missing or empty file, empty row (unless data.allow names it: it
+    then comes back without fields), malformed row, a row that is not an object, columns of which no form can
+    be made under `settings`.
     """
     rows: list[Row] = []
     for path in map(Path, paths):
@@ -50,7 +51,10 @@ def read_rows(paths: Sequence[str | Path], settings: DataSettings) -> list[Row]:
     if not rows:
         raise DataError("no data files were given; set data.train to a file or a list of files")
     for row in rows:
-        form_of(row, settings)
+        if row.fields:
+            form_of(row, settings)
+        elif "empty" not in settings.allow:
+            raise blank_row(row)
     return rows
 
 

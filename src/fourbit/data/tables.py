@@ -41,8 +41,12 @@ def _records(path: Path, delimiter: str) -> Iterator[Row]:
             if not record:
                 blank = blank or line
                 continue
-            if blank is not None or not any(record):
-                raise DataError(f"{path}:{blank or line}: the row is empty; remove the line")
+            if blank is not None:
+                yield Row({}, str(path), blank)
+                blank = None
+            if not any(record):
+                yield Row({}, str(path), line)
+                continue
             if columns is None:
                 columns = _header(record, path, line)
                 continue
@@ -104,9 +108,8 @@ def datasets_folder(path: Path) -> Iterator[Row]:
 
 def _numbered(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
     for number, fields in enumerate(records, start=1):
-        if all(value is None or value == "" for value in fields.values()):
-            raise DataError(f"{path}:{number}: the row is empty; remove it")
-        yield Row(fields, str(path), number)
+        blank = all(value is None or value == "" for value in fields.values())
+        yield Row({} if blank else fields, str(path), number)
 
 
 def _first_line(error: Exception) -> str:
