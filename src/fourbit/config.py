@@ -105,7 +105,13 @@ class DataSettings(_Settings):
     """What is trained on, and which tokens carry loss."""
 
     train: Strings = Field(
-        description="file, list of files (.jsonl .json .csv .parquet .txt) or `datasets` folder"
+        description="file or list of files (.jsonl .json .csv .tsv .parquet .txt .md, and .gz .zst .zip of "
+        "them), folder of .txt and .md files, or `datasets` folder"
+    )
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(),
+        description="for each entry of train, how often its rows are used in an epoch: 2 uses each "
+        "twice, 0.5 half of them, drawn by seed; empty: all once",
     )
     heldout: Strings = Field(
         default=(), description="files to evaluate on; empty splits them off the training rows"
@@ -113,9 +119,12 @@ class DataSettings(_Settings):
     heldout_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="share of rows split off when heldout is empty"
     )
-    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = Field(
-        default="auto",
-        description="messages, prompt_completion, instruction, text, or auto (by column names)",
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"] = (
+        Field(
+            default="auto",
+            description="messages (also ShareGPT), prompt_completion, instruction (Alpaca), question_answer, "
+            "text, or auto (by column names)",
+        )
     )
     prompt: str | None = Field(
         default=None, description='template of the prompt over columns, such as "{text}"'
@@ -147,6 +156,11 @@ class DataSettings(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers for {len(self.train)} entries of train; "
+                "give one for each"
+            )
         if (self.prompt is None) != (self.completion is None):
             raise ValueError("prompt and completion templates go together: give both or neither")
         return self

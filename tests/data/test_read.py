@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fourbit.data.read import READERS, Row, read_rows
+from fourbit.data.read import SUFFIXES, Row, read_rows
 from fourbit.errors import DataError
 
 RECORDS = [{"prompt": "hé\u2028llo", "completion": 'a, "b"\nc'}, {"prompt": "x\ty", "completion": "☃"}]
@@ -130,7 +130,7 @@ MALFORMED = [
         "a.jsonl",
         b'{"text": "a"}\n{"txt": "b"}\n',
         "a.jsonl:2: cannot tell what to train on from the columns txt; name them messages, prompt and completion, "
-        "instruction and output, or text, or set data.prompt and data.completion",
+        "instruction and output, question and answer, or text, or set data.prompt and data.completion",
     ),
     ("a.json", b"[]", "a.json: holds no rows; give a file with at least one"),
     ("a.json", b" \n", "a.json: holds no rows; give a file with at least one"),
@@ -162,7 +162,7 @@ MALFORMED = [
     (
         "a.doc",
         b"a",
-        "a.doc: cannot read files of this kind; use one of .jsonl .json .csv .tsv .parquet .txt .md or a `datasets` folder",
+        "a.doc: cannot read files of this kind; use one of .jsonl .json .csv .tsv .txt .md .parquet .gz .zst .zip or a folder of .txt and .md files or of `datasets`",
     ),
 ]  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_folders_that_cannot_be_used(settings):
     folder(Path("broken"))
     (Path("broken") / "data-00000-of-00001.arrow").write_bytes(b"nothing")
     for name, message in {
-        "plain": "plain: a folder, but not one that `datasets` saved; name the files in it",
+        "plain": "plain: a folder without .txt and .md files, and not one that `datasets` saved; name the files in it",
         "two": "two: holds the splits test, train; name one, such as two/test",
     }.items():
         with pytest.raises(DataError) as error:
@@ -238,4 +238,4 @@ def test_packages_that_are_not_installed(name, write, module, message, settings,
 
 
 def test_the_readers_are_those_the_messages_name():
-    assert list(READERS) == [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md"]
+    assert SUFFIXES == (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".gz", ".zst", ".zip")

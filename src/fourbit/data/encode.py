@@ -275,6 +275,22 @@ def sample_rows(examples: Sequence[Example], count: int, seed: int) -> list[Exam
     return [example for group in sample(_by_row(examples), count, seed) for example in group]
 
 
+def weighted(examples: Sequence[Example], weights: dict[str, float], seed: int) -> list[Example]:
+    """Each row as often as the weight of its source says; what is left below one draws rows by seed.
+
+    The copies of a row are examples of their own: `row` numbers all anew.
+    """
+    chosen: list[Example] = []
+    groups: dict[float, list[list[Example]]] = {}
+    for group in _by_row(examples):
+        groups.setdefault(weights[group[0].source], []).append(group)
+    for weight, members in groups.items():
+        whole = int(weight)
+        drawn = sample(members, round((weight - whole) * len(members)), seed)
+        chosen += [example for group in members * whole + drawn for example in group]
+    return [replace(example, row=index) for index, example in enumerate(chosen)]
+
+
 def _by_row(examples: Sequence[Example]) -> list[list[Example]]:
     return [list(group) for _, group in groupby(examples, key=lambda example: example.source)]
 

@@ -7,6 +7,7 @@ The form follows from the names of the columns, or from the settings where they 
     prompt_completion   prompt + completion, or any columns    Pair
                         through two templates in the settings
     instruction         instruction + output, input optional   Pair
+    question_answer     question + answer, or query + response Pair
     text                text                                   Document
 """
 
@@ -22,13 +23,14 @@ from fourbit.data.row import Row, RowError, blank_row, kind_of
 from fourbit.data.turns import Message, check_message, check_tools
 from fourbit.errors import DataError, nearest
 
-Form = Literal["messages", "prompt_completion", "instruction", "text"]
+Form = Literal["messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 #: Each form's columns in the order in which they are looked for; `|` separates names for the same thing.
 COLUMNS: dict[Form, tuple[str, ...]] = {
     "messages": ("messages|conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion|response"),
+    "instruction": ("instruction", "output|response"),
+    "question_answer": ("question|query", "answer|response"),
     "text": ("text",),
 }
 
@@ -85,12 +87,17 @@ def form_of(row: Row, settings: DataSettings) -> Form:
     if settings.format != "auto":
         _require(row, settings.format)
         return settings.format
+    if "chosen" in row.fields and "rejected" in row.fields:
+        raise DataError(
+            f"{row.source}: the columns chosen and rejected are preference pairs, for methods that compare "
+            "two answers; to train on the better one, give it as completion, or a conversation as messages"
+        )
     for form, columns in COLUMNS.items():
         if all(_present(row, names) for names in columns):
             return form
     raise DataError(
         f"{row.source}: cannot tell what to train on from the columns {_list(row.fields)}; "
-        "name them messages, prompt and completion, instruction and output, or text, "
+        "name them messages, prompt and completion, instruction and output, question and answer, or text, "
         "or set data.prompt and data.completion"
     )
 
@@ -112,10 +119,13 @@ def interpret(row: Row, settings: DataSettings, *, chat: bool) -> Conversation |
             raise RowError("empty", f"{row.source}: 'text' is empty; remove the row")
         return Document(text)
     if form == "instruction":
-        return _pair(row, _instruction(row, chat), _text(row, "output"), "'output'")
+        return _pair(row, _instruction(row, chat), *_answer(row, form))
+    if form == "question_answer":
+        question = next(name for name in ("question", "query") if name in row.fields)
+        return _pair(row, _text(row, question), *_answer(row, form))
     if settings.prompt is not None and settings.completion is not None:
         return _pair(row, _fill(settings.prompt, row), _fill(settings.completion, row), "the completion")
-    return _pair(row, _text(row, "prompt"), _text(row, "completion"), "'completion'")
+    return _pair(row, _text(row, "prompt"), *_answer(row, form))
 
 
 def _conversation(row: Row, chat: bool) -> Conversation:
@@ -161,6 +171,12 @@ def _instruction(row: Row, chat: bool) -> str:
         return f"{instruction}\n\n{extra}" if extra else instruction
     template = ALPACA_PROMPT_WITH_INPUT if extra else ALPACA_PROMPT
     return template.format(instruction=instruction, input=extra)
+
+
+def _answer(row: Row, form: Form) -> tuple[str, str]:
+    """The answer of a row, and how a message names its column."""
+    name = next(name for name in COLUMNS[form][1].split("|") if name in row.fields)
+    return _text(row, name), f"'{name}'"
 
 
 def _pair(row: Row, prompt: str, completion: str, name: str) -> Pair:

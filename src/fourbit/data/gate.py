@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fourbit.config import DataSettings
-from fourbit.data.encode import Encoded, Progress, encode, sample_rows, split_rows
+from fourbit.data.encode import Encoded, Progress, encode, sample_rows, split_rows, weighted
 from fourbit.data.read import read_rows
 from fourbit.data.render import Example
 from fourbit.errors import DataError
@@ -113,13 +113,19 @@ def prepare(
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, render, mask and split as the settings say; raises DataError for what cannot be trained."""
-    encoded = encode(read_rows(settings.train, settings), tokenizer, settings, progress)
+    entries = [read_rows([path], settings) for path in settings.train]
+    encoded = encode([row for rows in entries for row in rows], tokenizer, settings, progress)
     train, other = encoded.examples, None
     if settings.heldout:
         other = encode(read_rows(settings.heldout, settings), tokenizer, settings, progress)
         heldout = other.examples
     else:
         train, heldout = split_rows(train, settings.heldout_fraction, seed)
+    if settings.weights:
+        weights = {
+            row.source: weight for rows, weight in zip(entries, settings.weights, strict=True) for row in rows
+        }
+        train = weighted(train, weights, seed)
     if settings.max_rows is not None:
         train = sample_rows(train, settings.max_rows, seed)
     if not train:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fourbit.data.packed import Member
 from fourbit.data.row import Row
 from fourbit.errors import DataError
 
 
-def delimited(path: Path, delimiter: str) -> Iterator[Row]:
+def delimited(path: Path | Member, delimiter: str) -> Iterator[Row]:
     """A table with a header line; every value is text. A record may span lines inside quotes."""
     # The module's limit of 131,072 characters a cell is process-wide, and documents are longer.
     limit = csv.field_size_limit(sys.maxsize)
@@ -24,7 +25,7 @@ def delimited(path: Path, delimiter: str) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
-def _records(path: Path, delimiter: str) -> Iterator[Row]:
+def _records(path: Path | Member, delimiter: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         columns: list[str] | None = None
@@ -58,7 +59,7 @@ def _records(path: Path, delimiter: str) -> Iterator[Row]:
             yield Row(dict(zip(columns, record, strict=True)), str(path), line)
 
 
-def _header(record: list[str], path: Path, line: int) -> list[str]:
+def _header(record: list[str], path: Path | Member, line: int) -> list[str]:
     columns = [name.strip() for name in record]
     for index, name in enumerate(columns):
         if not name:
@@ -85,9 +86,6 @@ def parquet(path: Path) -> Iterator[Row]:
 
 def datasets_folder(path: Path) -> Iterator[Row]:
     """A folder written by `save_to_disk`; of several splits the path must name one."""
-    splits = path / "dataset_dict.json"
-    if not splits.exists() and not (path / "state.json").exists():
-        raise DataError(f"{path}: a folder, but not one that `datasets` saved; name the files in it")
     try:
         import datasets
     except ImportError:
