@@ -25,6 +25,8 @@ from pydantic import (
 from fourbit.errors import ConfigError, nearest
 
 QuantType = Literal["nf4", "fp4", "int4", "none"]
+#: Why a row cannot be trained.
+Problem = Literal["empty", "no_trained_token", "no_end_token", "refused"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 #: Scores of generated answers (`fourbit.evaluate.metrics`).
@@ -125,7 +127,13 @@ class DataSettings(_Settings):
     """What is trained on, and which tokens carry loss."""
 
     train: Strings = Field(
-        description="file, list of files (.jsonl .json .csv .parquet .txt) or `datasets` folder"
+        description="file or list of files (.jsonl .json .csv .tsv .parquet .txt .md, and .gz .zst .zip of "
+        "them), folder of .txt and .md files, or `datasets` folder"
+    )
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(),
+        description="for each entry of train, how often its rows are used in an epoch: 2 uses each "
+        "twice, 0.5 half of them, drawn by seed; empty: all once",
     )
     heldout: Strings = Field(
         default=(), description="files to evaluate on; empty splits them off the training rows"
@@ -133,9 +141,12 @@ class DataSettings(_Settings):
     heldout_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="share of rows split off when heldout is empty"
     )
-    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = Field(
-        default="auto",
-        description="messages, prompt_completion, instruction, text, or auto (by column names)",
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"] = (
+        Field(
+            default="auto",
+            description="messages (also ShareGPT), prompt_completion, instruction (Alpaca), question_answer, "
+            "text, or auto (by column names)",
+        )
     )
     prompt: str | None = Field(
         default=None, description='template of the prompt over columns, such as "{text}"'
@@ -144,11 +155,22 @@ class DataSettings(_Settings):
         default=None, description='template of the answer over columns, such as "{label}"'
     )
     system: str | None = Field(default=None, description="system message put before every conversation")
-    loss: Literal["completions", "all"] = Field(
-        default="completions", description="train on answers only, or on all tokens"
+    loss: Literal["completions", "last", "all"] = Field(
+        default="completions",
+        description="train on every answer (completions), on the last answer of a row, or on all tokens",
     )
     max_length: int = Field(
-        default=1024, ge=8, description="tokens; longer rows are dropped and counted, plain text is chunked"
+        default=1024, ge=8, description="tokens; what happens to longer rows says too_long"
+    )
+    too_long: Literal["drop", "split_turns", "keep_end"] = Field(
+        default="drop",
+        description="rows longer than max_length: drop them, split conversations at user turns, or keep "
+        "their end; all are counted, and plain text is always chunked",
+    )
+    allow: Annotated[tuple[Problem, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(),
+        description="kinds of rows that cannot be trained, to be dropped and counted where they would refuse "
+        "the run: empty, no_trained_token, no_end_token, refused",
     )
     max_rows: int | None = Field(
         default=None, ge=1, description="use only so many training rows, drawn by seed"
@@ -156,6 +178,11 @@ class DataSettings(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers for {len(self.train)} entries of train; "
+                "give one for each"
+            )
         if (self.prompt is None) != (self.completion is None):
             raise ValueError("prompt and completion templates go together: give both or neither")
         return self

@@ -85,7 +85,7 @@ CASES = [
         "row.jsonl: no such file (did you mean 'rows.jsonl'?); check the path",
     ),
     (TRAIN + "--data empty.jsonl", 3, "empty.jsonl: the file is empty; give a file with at least one row"),
-    (TRAIN + "--data blank.jsonl", 3, "blank.jsonl:2: the row is empty; remove the blank line"),
+    (TRAIN + "--data blank.jsonl", 3, "blank.jsonl:2: the row is empty; remove it"),
     (TRAIN + "--data object.jsonl", 3, "object.jsonl:2: the row is empty; remove it"),
     (
         TRAIN + "--data cut.jsonl",

@@ -68,11 +68,11 @@ def test_sharegpt_turns(row, settings):
     )
 
 
-NAMES = "name them messages, prompt and completion, instruction and output, or text, or set data.prompt and data.completion"
+NAMES = "name them messages, prompt and completion, instruction and output, question and answer, or text, or set data.prompt and data.completion"
 LIST = "must be a list of objects with role and content"
 
 REFUSED = [
-    ({"question": "a", "answer": "b"}, {}, f"cannot tell what to train on from the columns question, answer; {NAMES}"),
+    ({"topic": "a", "answer": "b"}, {}, f"cannot tell what to train on from the columns topic, answer; {NAMES}"),
     (
         {"promt": "a", "completion": "b"},
         {},
@@ -81,12 +81,12 @@ REFUSED = [
     (
         {"prompt": "a", "answer": "b"},
         {"format": "prompt_completion"},
-        "format prompt_completion needs the column 'completion', but the row has prompt, answer",
+        "format prompt_completion needs the column 'completion' or 'response', but the row has prompt, answer",
     ),
     (
         {"prompt": "a", "completions": "b"},
         {"format": "prompt_completion"},
-        "format prompt_completion needs the column 'completion' (did you mean 'completions'?), but the row has prompt, completions",
+        "format prompt_completion needs the column 'completion' or 'response' (did you mean 'completions'?), but the row has prompt, completions",
     ),
     (
         {"mesages": CHAT},
@@ -119,7 +119,7 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, {}, "message 1 has no content; each message needs role and content"),
     ({"messages": [{"role": 1, "content": "a"}]}, {}, "message 1: role is a number (1), must be text"),
     ({"conversations": [{"from": 1, "value": "a"}]}, {}, "message 1: role is a number (1), must be text"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, {}, "message 1: content is a list, must be text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, {}, "message 1: content holds a part that is not text (text); remove it"),
     ({"messages": [*CHAT, {"role": "assistant", "content": " "}]}, {}, "message 3: the assistant's content is empty; fill it or remove the row"),
     ({"messages": []}, {}, "the conversation has no assistant turn, so there is nothing to train on; add one or remove the row"),
     ({"messages": CHAT[:1]}, {}, "the conversation has no assistant turn, so there is nothing to train on; add one or remove the row"),
@@ -161,4 +161,33 @@ def test_templates_contradict_another_format(row, settings):
         form_of(row(text="a"), settings(prompt="{text}", completion="{text}", format="text"))
     assert str(error.value) == (
         "data.format is text, but data.prompt and data.completion make prompt_completion; drop the templates or the format"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"question": "a", "answer": "b"}, "question_answer"),
+        ({"query": "a", "response": "b"}, "question_answer"),
+        ({"prompt": "a", "response": "b"}, "prompt_completion"),
+        ({"instruction": "a", "input": "", "response": "b"}, "instruction"),
+    ],
+)
+def test_other_names_of_the_same_columns(fields, form, row, settings):
+    item = row(**fields)
+    assert form_of(item, settings()) == form
+    pair = interpret(item, settings(), chat=True)
+    assert (pair.prompt, pair.completion) == ("a", "b")
+    assert interpret(item, settings(format=form), chat=True) == pair
+
+
+def test_preference_pairs_are_refused_with_the_reason(row, settings):
+    with pytest.raises(DataError) as error:
+        form_of(row(prompt="a", chosen="b", rejected="c"), settings())
+    assert str(error.value) == (
+        "f.jsonl:1: the columns chosen and rejected are preference pairs, for methods that compare two answers; to "
+        "train on the better one, give it as completion, or a conversation as messages"
+    )
+    assert form_of(
+        row(prompt="a", chosen="b", rejected="c"), settings(prompt="{prompt}", completion="{chosen}")
     )

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fourbit.data.read import READERS, Row, read_rows
+from fourbit.data.read import SUFFIXES, Row, read_rows
 from fourbit.errors import DataError
 
 RECORDS = [{"prompt": "hé\u2028llo", "completion": 'a, "b"\nc'}, {"prompt": "x\ty", "completion": "☃"}]
@@ -117,7 +117,7 @@ def test_banking77_as_the_demo_carries_it(settings):
 
 
 MALFORMED = [
-    ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl:2: the row is empty; remove the blank line"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl:2: the row is empty; remove it"),
     ("a.jsonl", b'{"text": "a"}\n{}\n', "a.jsonl:2: the row is empty; remove it"),
     ("a.jsonl", b'{"text": "a"}\n{"text": }\n', "a.jsonl:2: not valid JSON (Expecting value, column 10); repair the row"),
     ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "a.jsonl:2: not valid JSON (nested too deeply); repair the row"),
@@ -130,7 +130,7 @@ MALFORMED = [
         "a.jsonl",
         b'{"text": "a"}\n{"txt": "b"}\n',
         "a.jsonl:2: cannot tell what to train on from the columns txt; name them messages, prompt and completion, "
-        "instruction and output, or text, or set data.prompt and data.completion",
+        "instruction and output, question and answer, or text, or set data.prompt and data.completion",
     ),
     ("a.json", b"[]", "a.json: holds no rows; give a file with at least one"),
     ("a.json", b" \n", "a.json: holds no rows; give a file with at least one"),
@@ -145,8 +145,8 @@ MALFORMED = [
     ("a.json", b'[{"text": "\xff"}]', "a.json: not valid UTF-8 (byte 11); save the file as UTF-8"),
     ("a.json", b"[" * 100_000, "a.json:1: not valid JSON (nested too deeply); repair the row"),
     ("a.csv", b"text,label\n", "a.csv: holds no rows; give a file with at least one"),
-    ("a.csv", b"text,label\na,b\n\nc,d\n", "a.csv:3: the row is empty; remove the line"),
-    ("a.csv", b"text,label\na,b\n,\n", "a.csv:3: the row is empty; remove the line"),
+    ("a.csv", b"text,label\na,b\n\nc,d\n", "a.csv:3: the row is empty; remove it"),
+    ("a.csv", b"text,label\na,b\n,\n", "a.csv:3: the row is empty; remove it"),
     (
         "a.csv",
         b'text,label\n"a\nb",c\nd,e,f\n',
@@ -162,7 +162,7 @@ MALFORMED = [
     (
         "a.doc",
         b"a",
-        "a.doc: cannot read files of this kind; use one of .jsonl .json .csv .tsv .parquet .txt .md or a `datasets` folder",
+        "a.doc: cannot read files of this kind; use one of .jsonl .json .csv .tsv .txt .md .parquet .gz .zst .zip or a folder of .txt and .md files or of `datasets`",
     ),
 ]  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_folders_that_cannot_be_used(settings):
     folder(Path("broken"))
     (Path("broken") / "data-00000-of-00001.arrow").write_bytes(b"nothing")
     for name, message in {
-        "plain": "plain: a folder, but not one that `datasets` saved; name the files in it",
+        "plain": "plain: a folder without .txt and .md files, and not one that `datasets` saved; name the files in it",
         "two": "two: holds the splits test, train; name one, such as two/test",
     }.items():
         with pytest.raises(DataError) as error:
@@ -238,4 +238,4 @@ def test_packages_that_are_not_installed(name, write, module, message, settings,
 
 
 def test_the_readers_are_those_the_messages_name():
-    assert list(READERS) == [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md"]
+    assert SUFFIXES == (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".gz", ".zst", ".zip")

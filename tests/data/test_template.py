@@ -221,6 +221,56 @@ def test_the_system_message_of_the_settings_comes_first_unless_the_row_has_one(m
     )
 
 
+def test_an_earlier_answer_without_its_thinking_gets_a_text_of_its_own(
+    make_tokenizer, settings, row, expected
+):
+    tokenizer = make_tokenizer(THINKING, eos="<|im_end|>")
+    examples = encode([row(messages=TURNS)], tokenizer, settings()).examples
+    second = (
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n<|im_start|>user\nworld: no<|im_end|>\n"
+        "<|im_start|>assistant\n«<think>\n\n</think>\n\nété ☃ yes<|im_end|>»\n"
+    )
+    assert [(example.row, example.source) for example in examples] == [(0, "f.jsonl:1"), (1, "f.jsonl:1")]
+    assert [(example.input_ids, example.trained) for example in examples] == [
+        expected(tokenizer, ONE_TURN["thinking"]),
+        expected(tokenizer, second),
+    ]
+
+
+def test_a_thinking_block_that_the_generation_prompt_opens_is_closed(make_tokenizer, settings, row, expected):
+    tokenizer = make_tokenizer(OTHER_PROMPT, eos="<|im_end|>")
+    example = render(row(messages=TURNS[:2]), tokenizer, settings())
+    marked = (
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n«\n</think>\n\nok<|im_end|>»\n"
+    )
+    assert (example.input_ids, example.trained) == expected(tokenizer, marked)
+
+
+def test_an_answer_follows_the_generation_prompt_whatever_the_template_writes_there_later(
+    make_tokenizer, settings, row, expected
+):
+    tokenizer = make_tokenizer(OTHER_PROMPT.replace("<think>", "Sure:"), eos="<|im_end|>")
+    example = render(row(messages=TURNS[:2]), tokenizer, settings())
+    marked = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nSure:\n«ok<|im_end|>»\n"
+    assert (example.input_ids, example.trained) == expected(tokenizer, marked)
+
+
+def test_a_turn_may_end_with_another_special_token(make_tokenizer, settings, row, expected):
+    tokenizer = make_tokenizer(OTHER_END, eos="<|im_end|>")
+    example = render(row(messages=[TURNS[0], {**TURNS[1], "tool": "x"}]), tokenizer, settings())
+    marked = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n«ok<|endoftext|>»"
+    assert (example.input_ids, example.trained) == expected(tokenizer, marked)
+
+
+def test_eos_ends_the_turns_of_a_template_that_ends_none(make_tokenizer, settings, row, expected):
+    tokenizer = make_tokenizer(NO_END)
+    examples = encode([row(messages=TURNS)], tokenizer, settings()).examples
+    assert [(example.input_ids, example.trained) for example in examples] == [
+        expected(tokenizer, "user: hello\nassistant: «ok</s>»"),
+        expected(tokenizer, "user: hello\nassistant: ok\nuser: world: no\nassistant: «été ☃ yes</s>»"),
+    ]
+
+
 def test_two_renderings_for_a_row_of_two_turns(make_tokenizer, settings, row, monkeypatch):
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     calls, original = [], tokenizer.apply_chat_template
@@ -228,7 +278,7 @@ def test_two_renderings_for_a_row_of_two_turns(make_tokenizer, settings, row, mo
         tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     encode([row(line, prompt="hello", completion="ok") for line in range(1, 11)], tokenizer, settings())
-    assert len(calls) == 2 * 10 + 1  # and one to learn how the template closes a turn
+    assert len(calls) == 2 * 10 + 2  # and two to learn how the template writes a turn
 
 
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -239,29 +289,23 @@ OTHER_PROMPT = CHATML.replace(
 OTHER_END = CHATML.replace("'<|im_end|>\n' }}", "('<|endoftext|>' if m.tool else '<|im_end|>\n') }}")
 
 REFUSED = {
-    "earlier turns rewritten": (
-        THINKING,
-        TURNS,
-        "f.jsonl:7: message 2: the chat template rewrites this turn, or one before it, when the conversation goes on, "
-        "so training would differ from inference; split the row so that its only assistant turn is the last",
-    ),
     "generation prompt is another": (
-        OTHER_PROMPT,
+        "{{ messages[-1].content | length }}" + CHATML,
         TURNS[:2],
         "f.jsonl:7: message 2: the chat template begins this turn otherwise than its own generation prompt, so training "
         "would differ from inference; repair the template",
     ),
     "a turn ends otherwise": (
-        OTHER_END,
+        OTHER_END.replace("<|endoftext|>", " done"),
         [TURNS[0], {**TURNS[1], "tool": "x"}],
         "f.jsonl:7: message 2: the chat template does not end this turn with '<|im_end|>\\n' as it ends others, so its "
         "end token cannot be found; change the message or the template",
     ),
-    "no end of turn": (
-        NO_END,
-        TURNS[:2],
-        "f.jsonl:7: the chat template writes nothing that ends an assistant turn, so the model would not learn to stop; "
-        "add the eos token to the template",
+    "system message left out": (
+        CHATML.replace("in messages", "in messages if m.role != 'system'"),
+        [{"role": "system", "content": "x y z"}, *TURNS[:2]],
+        "f.jsonl:7: message 1: the chat template does not write this system message, so the model would not see it; "
+        "remove it or move it into a user turn",
     ),
     "answers not written": (
         SILENT,

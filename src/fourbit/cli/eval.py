@@ -223,12 +223,12 @@ def _rows(args: argparse.Namespace, config: RunConfig) -> list[Row]:
 
 def _heldout(rows: list[Row], config: RunConfig, subject: Subject) -> list[Row]:
     """Of the run's rows, those that it held out: the same split as in training."""
-    from fourbit.data.encode import encode, split
+    from fourbit.data.encode import encode, split_rows
 
     if config.data.heldout:
         return rows
     examples = encode(rows, subject.tokenizer, config.data).examples
-    _, heldout = split(examples, config.data.heldout_fraction, config.train.seed)
+    _, heldout = split_rows(examples, config.data.heldout_fraction, config.train.seed)
     if not heldout:
         raise ConfigError("the run held no rows out (data.heldout_fraction is 0); give --data")
     sources = {example.source for example in heldout}

@@ -18,6 +18,7 @@ from fourbit.errors import ConfigError, FourBitError, nearest
 
 COMMANDS = {
     "init": "write a commented config file to start from",
+    "data": "show what will be trained on, token by token",
     "train": "fine-tune a model as a config file says",
     "eval": "score a model, and its adapter beside it",
     "chat": "talk to a model or a finished run",

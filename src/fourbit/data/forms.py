@@ -7,6 +7,7 @@ The form follows from the names of the columns, or from the settings where they 
     prompt_completion   prompt + completion, or any columns    Pair
                         through two templates in the settings
     instruction         instruction + output, input optional   Pair
+    question_answer     question + answer, or query + response Pair
     text                text                                   Document
 """
 
@@ -18,17 +19,18 @@ from string import Formatter
 from typing import Any, Literal
 
 from fourbit.config import DataSettings
-from fourbit.data.row import Row, kind_of
+from fourbit.data.row import Row, RowError, blank_row, kind_of
+from fourbit.data.turns import Message, check_message, check_tools
 from fourbit.errors import DataError, nearest
 
-Form = Literal["messages", "prompt_completion", "instruction", "text"]
-Message = dict[str, Any]
+Form = Literal["messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 #: Each form's columns in the order in which they are looked for; `|` separates names for the same thing.
 COLUMNS: dict[Form, tuple[str, ...]] = {
     "messages": ("messages|conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion|response"),
+    "instruction": ("instruction", "output|response"),
+    "question_answer": ("question|query", "answer|response"),
     "text": ("text",),
 }
 
@@ -44,14 +46,16 @@ ALPACA_PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
 )
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns with `role` and `content`; at least one is the assistant's, and so is the last."""
+    """Turns with `role` and `content`; at least one is the assistant's, and so is the last.
+
+    tools  descriptions of the functions that the assistant may call, for the chat template
+    """
 
     messages: list[Message]
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +87,17 @@ def form_of(row: Row, settings: DataSettings) -> Form:
     if settings.format != "auto":
         _require(row, settings.format)
         return settings.format
+    if "chosen" in row.fields and "rejected" in row.fields:
+        raise DataError(
+            f"{row.source}: the columns chosen and rejected are preference pairs, for methods that compare "
+            "two answers; to train on the better one, give it as completion, or a conversation as messages"
+        )
     for form, columns in COLUMNS.items():
         if all(_present(row, names) for names in columns):
             return form
     raise DataError(
         f"{row.source}: cannot tell what to train on from the columns {_list(row.fields)}; "
-        "name them messages, prompt and completion, instruction and output, or text, "
+        "name them messages, prompt and completion, instruction and output, question and answer, or text, "
         "or set data.prompt and data.completion"
     )
 
@@ -99,19 +108,24 @@ def interpret(row: Row, settings: DataSettings, *, chat: bool) -> Conversation |
     `chat` says whether the model has a chat template: an instruction is then the plain user turn, and
     without one it stands in the Alpaca prompt. Raises DataError, naming the row and its column.
     """
+    if not row.fields:
+        raise blank_row(row)
     form = form_of(row, settings)
     if form == "messages":
         return _conversation(row, chat)
     if form == "text":
         text = _text(row, "text")
         if not text.strip():
-            raise DataError(f"{row.source}: 'text' is empty; remove the row")
+            raise RowError("empty", f"{row.source}: 'text' is empty; remove the row")
         return Document(text)
     if form == "instruction":
-        return _pair(row, _instruction(row, chat), _text(row, "output"), "'output'")
+        return _pair(row, _instruction(row, chat), *_answer(row, form))
+    if form == "question_answer":
+        question = next(name for name in ("question", "query") if name in row.fields)
+        return _pair(row, _text(row, question), *_answer(row, form))
     if settings.prompt is not None and settings.completion is not None:
         return _pair(row, _fill(settings.prompt, row), _fill(settings.completion, row), "the completion")
-    return _pair(row, _text(row, "prompt"), _text(row, "completion"), "'completion'")
+    return _pair(row, _text(row, "prompt"), *_answer(row, form))
 
 
 def _conversation(row: Row, chat: bool) -> Conversation:
@@ -123,44 +137,31 @@ def _conversation(row: Row, chat: bool) -> Conversation:
     column = "messages" if "messages" in row.fields else "conversations"
     value = row.fields[column]
     if not isinstance(value, list):
-        raise DataError(
-            f"{row.source}: '{column}' is {kind_of(value)}, must be a list of objects with role and content"
+        raise RowError(
+            "refused",
+            f"{row.source}: '{column}' is {kind_of(value)}, must be a list of objects with role and content",
         )
-    messages = [_message(item, f"{row.source}: message {n}") for n, item in enumerate(value, start=1)]
+    messages = [check_message(item, f"{row.source}: message {n}") for n, item in enumerate(value, start=1)]
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
+        raise RowError(
+            "no_trained_token",
             f"{row.source}: the conversation has no assistant turn, so there is nothing to train on; "
-            "add one or remove the row"
+            "add one or remove the row",
         )
     if messages[-1]["role"] != "assistant":
-        raise DataError(
+        raise RowError(
+            "no_end_token",
             f"{row.source}: the conversation ends with a {messages[-1]['role']} turn, must end with the "
-            "assistant's; cut it after the last answer"
+            "assistant's; cut it after the last answer",
         )
     for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise DataError(
-                f"{row.source}: message {number}: the assistant's content is empty; fill it or remove the row"
+        if message["role"] == "assistant" and not (message["content"].strip() or message.get("tool_calls")):
+            raise RowError(
+                "empty",
+                f"{row.source}: message {number}: the assistant's content is empty; "
+                "fill it or remove the row",
             )
-    return Conversation(messages)
-
-
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise DataError(f"{where} is {kind_of(item)}, must be an object with role and content")
-    # Parquet fills the keys that a message lacks with null.
-    message = {key: value for key, value in item.items() if value is not None}
-    if "from" in message and "role" not in message:
-        role = message.pop("from")
-        message["role"] = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        if "content" not in message and "value" in message:
-            message["content"] = message.pop("value")
-    for key in ("role", "content"):
-        if key not in message:
-            raise DataError(f"{where} has no {key}; each message needs role and content")
-        if not isinstance(message[key], str):
-            raise DataError(f"{where}: {key} is {kind_of(message[key])}, must be text")
-    return message
+    return Conversation(messages, check_tools(row.fields.get("tools"), row.source))
 
 
 def _instruction(row: Row, chat: bool) -> str:
@@ -172,10 +173,17 @@ def _instruction(row: Row, chat: bool) -> str:
     return template.format(instruction=instruction, input=extra)
 
 
+def _answer(row: Row, form: Form) -> tuple[str, str]:
+    """The answer of a row, and how a message names its column."""
+    name = next(name for name in COLUMNS[form][1].split("|") if name in row.fields)
+    return _text(row, name), f"'{name}'"
+
+
 def _pair(row: Row, prompt: str, completion: str, name: str) -> Pair:
     if not completion.strip():
-        raise DataError(
-            f"{row.source}: {name} is empty, so there is nothing to train on; fill it or remove the row"
+        raise RowError(
+            "empty",
+            f"{row.source}: {name} is empty, so there is nothing to train on; fill it or remove the row",
         )
     return Pair(prompt, completion)
 

@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fourbit.data.packed import Member
 from fourbit.data.row import Row, kind_of
 from fourbit.errors import DataError
 
+File = Path | Member
 
-def json_lines(path: Path) -> Iterator[Row]:
+
+def json_lines(path: File) -> Iterator[Row]:
     """One JSON object per line. Lines end at a newline only: JSON text may hold other separators."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     if lines == [b""]:
         return
     for number, raw in enumerate(lines, start=1):
         if not raw.strip():
-            raise DataError(f"{path}:{number}: the row is empty; remove the blank line")
+            yield Row({}, str(path), number)
+            continue
         text = _decode(raw, f"{path}:{number}")
         try:
             value = json.loads(text)
@@ -29,7 +33,7 @@ def json_lines(path: Path) -> Iterator[Row]:
         yield _object(value, path, number)
 
 
-def json_list(path: Path) -> Iterator[Row]:
+def json_list(path: File) -> Iterator[Row]:
     """A JSON list of objects, read one by one so that each knows its line."""
     text = _decode(path.read_bytes(), str(path)).removeprefix("\ufeff")
     decoder = json.JSONDecoder()
@@ -58,7 +62,7 @@ def json_list(path: Path) -> Iterator[Row]:
         )
 
 
-def whole_text(path: Path) -> Iterator[Row]:
+def whole_text(path: File) -> Iterator[Row]:
     """A whole file as one document in the column `text`."""
     text = _decode(path.read_bytes(), str(path)).removeprefix("\ufeff").replace("\r\n", "\n")
     if text.strip():
@@ -71,7 +75,7 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _after_item(text: str, position: int, path: Path) -> int:
+def _after_item(text: str, position: int, path: File) -> int:
     """The place of the next item, or of the closing bracket; a comma stands before every further item."""
     position = _skip_space(text, position)
     mark = text[position : position + 1]
@@ -85,15 +89,13 @@ def _after_item(text: str, position: int, path: Path) -> int:
     )
 
 
-def _malformed(path: Path, line: int, reason: str) -> DataError:
+def _malformed(path: File, line: int, reason: str) -> DataError:
     return DataError(f"{path}:{line}: not valid JSON ({reason}); repair the row")
 
 
-def _object(value: Any, path: Path, line: int) -> Row:
+def _object(value: Any, path: File, line: int) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{path}:{line}: the row is {kind_of(value)}, must be an object with named columns")
-    if not value:
-        raise DataError(f"{path}:{line}: the row is empty; remove it")
     return Row(value, str(path), line)
 
 

@@ -11,25 +11,28 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fourbit.config import DataSettings
+from fourbit.data import packed
 from fourbit.data.forms import form_of
 from fourbit.data.lines import json_lines, json_list, whole_text
-from fourbit.data.row import Row
+from fourbit.data.packed import Member
+from fourbit.data.row import Row, blank_row
 from fourbit.data.tables import datasets_folder, delimited, parquet
 from fourbit.errors import DataError, nearest
 
-__all__ = ["READERS", "Row", "read_rows"]
+__all__ = ["SUFFIXES", "Row", "read_rows"]
 
-Reader = Callable[[Path], Iterator[Row]]
+Reader = Callable[[Path | Member], Iterator[Row]]
 
-READERS: dict[str, Reader] = {
+#: What a file of text holds, by its suffix; compressed files hold these too.
+TEXT_READERS: dict[str, Reader] = {
     ".jsonl": json_lines,
     ".json": json_list,
-    ".csv": lambda path: delimited(path, ","),
-    ".tsv": lambda path: delimited(path, "\t"),
-    ".parquet": parquet,
+    ".csv": lambda file: delimited(file, ","),
+    ".tsv": lambda file: delimited(file, "\t"),
     ".txt": whole_text,
     ".md": whole_text,
 }
+SUFFIXES = (*TEXT_READERS, ".parquet", *packed.SUFFIXES)
 
 
 def read_rows(
@@ -40,41 +43,80 @@ def read_rows(
 ) -> list[Row]:
     """All rows of all files, in the order given.
 
-    A path is a file with one of the suffixes of `READERS` or a folder written by
+    A path is a file with one of `SUFFIXES`, a folder of text, or one written by
     `datasets.Dataset.save_to_disk`. A `.txt` or `.md` file is one row with the column `text`.
 
     check: called with each row and the settings; raises DataError for columns that are not what is wanted,
     which by default are those of a form that can be trained on.
 
-    Raises DataError, naming file and line: missing or empty file, empty or malformed row, a row that is
-    not an object, or what `check` refuses.
+    Raises DataError, naming file and line: missing or empty file, empty row (unless data.allow names it: it
+    then comes back without fields), malformed row, a row that is not an object, or what `check` refuses.
     """
     rows: list[Row] = []
     for path in map(Path, paths):
         before = len(rows)
-        rows.extend(_reader(path)(path))
+        rows.extend(_rows(path))
         if len(rows) == before:
             raise DataError(f"{path}: holds no rows; give a file with at least one")
     if not rows:
         raise DataError("no data files were given; set data.train to a file or a list of files")
     for row in rows:
-        check(row, settings)
+        if row.fields:
+            check(row, settings)
+        elif "empty" not in settings.allow:
+            raise blank_row(row)
     return rows
 
 
-def _reader(path: Path) -> Reader:
+def _rows(path: Path) -> Iterator[Row]:
     if not path.exists():
         raise DataError(_missing(path))
     if path.is_dir():
-        return datasets_folder
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+        return _folder(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise DataError(
-            f"{path}: cannot read files of this kind; use one of {' '.join(READERS)} or a `datasets` folder"
+            f"{path}: cannot read files of this kind; use one of {' '.join(SUFFIXES)} or a folder of "
+            ".txt and .md files or of `datasets`"
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; give a file with at least one row")
-    return reader
+    if suffix in packed.SUFFIXES:
+        return (row for member in packed.unpack(path) for row in _member(member))
+    return parquet(path) if suffix == ".parquet" else TEXT_READERS[suffix](path)
+
+
+def _member(member: Member) -> Iterator[Row]:
+    reader = TEXT_READERS.get(member.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{member}: cannot read files of this kind inside a compressed one; "
+            f"use one of {' '.join(TEXT_READERS)}, or unpack it"
+        )
+    return reader(member)
+
+
+def _folder(path: Path) -> Iterator[Row]:
+    """A folder of `datasets`, or one row for each .txt and .md file in it and below, in the order of names.
+
+    Links to other folders are not followed.
+    """
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        yield from datasets_folder(path)
+        return
+    found = [
+        Path(folder) / name
+        for folder, _, names in os.walk(path)
+        for name in names
+        if Path(name).suffix.lower() in (".txt", ".md")
+    ]
+    if not found:
+        raise DataError(
+            f"{path}: a folder without .txt and .md files, and not one that `datasets` saved; "
+            "name the files in it"
+        )
+    for file in sorted(found):
+        yield from whole_text(file)
 
 
 def _missing(path: Path) -> str:

@@ -18,13 +18,14 @@ a word as one token, so after a prompt that ends in a space the model would stan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fourbit.config import DataSettings
-from fourbit.data.forms import Conversation, Document, Message, Pair, form_of, interpret
-from fourbit.data.row import Row
-from fourbit.data.template import ChatTemplate
+from fourbit.data.forms import Conversation, Document, Pair, form_of, interpret
+from fourbit.data.row import Row, RowError
+from fourbit.data.template import ChatTemplate, Rendering
 from fourbit.data.tokens import Span, TextTokenizer, Tokens, end_id, leading_ids
+from fourbit.data.turns import Message
 from fourbit.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,8 +77,11 @@ class Renderer:
         self.tokenize = TextTokenizer(tokenizer)
         self._lead: list[int] | None = None
 
-    def text(self, row: Row) -> Rendered:
-        """A row's text and trained characters; raises DataError, naming the row."""
+    def texts(self, row: Row) -> list[Rendered]:
+        """A row's text and trained characters, or one text for each answer where the chat template needs it.
+
+        Raises RowError, naming the row.
+        """
         content = interpret(row, self.settings, chat=self.template is not None)
         form = form_of(row, self.settings)
         if self.template is None and self.settings.system is not None:
@@ -85,24 +89,30 @@ class Renderer:
                 "data.system needs a chat template and this model has none; put it into the prompts"
             )
         if isinstance(content, Document):
-            text, spans, framed = content.text, [(0, len(content.text))], True
+            renderings, framed = [Rendering(content.text, [(0, len(content.text))])], True
         elif self.template is not None:
-            text, spans = self._conversation(with_system(content, self.settings), row)
-            framed = False
+            renderings, framed = self._conversation(content, row), False
         else:
             assert isinstance(content, Pair)
             text = content.prompt + content.completion
             start = 0 if self.settings.loss == "all" else len(before_answer(content))
-            spans, framed = [(start, len(text))], True
-        _check_unicode(text, row)
-        return Rendered(text, spans, framed, isinstance(content, Document), row.source, form)
+            renderings, framed = [Rendering(text, [(start, len(text))])], True
+        document = isinstance(content, Document)
+        for rendering in renderings:
+            _check_unicode(rendering.text, row)
+        return [Rendered(r.text, r.spans, framed, document, row.source, form) for r in renderings]
 
-    def _conversation(self, messages: list[Message], row: Row) -> tuple[str, list[Span]]:
+    def text(self, row: Row) -> Rendered:
+        """The text that ends with the row's last answer; most rows have only this one."""
+        return self.texts(row)[-1]
+
+    def _conversation(self, content: Conversation | Pair, row: Row) -> list[Rendering]:
         assert self.template is not None
-        if self.settings.loss == "completions":
-            return self.template.answers(messages, row.source)
-        text = self.template.text(messages, row.source)
-        return text, [(0, len(text))]
+        messages, tools = with_system(content, self.settings), tools_of(content)
+        if self.settings.loss == "all":
+            return [self.template.whole(messages, row.source, tools)]
+        last_only = self.settings.loss == "last"
+        return self.template.answers(messages, row.source, tools=tools, last_only=last_only)
 
     def examples(self, rendered: Rendered, tokens: Tokens) -> list[Example]:
         """The examples of one row: several chunks for a long document, else one of whatever length.
@@ -115,8 +125,9 @@ class Renderer:
             ids, trained = [*lead, *ids, end_id(self.tokenizer)], [*([False] * len(lead)), *trained, True]
         trained = [False, *trained[1:]]
         if not any(trained):
-            raise DataError(
-                f"{rendered.source}: no token of the row is trained; give it an answer or remove it"
+            raise RowError(
+                "no_trained_token",
+                f"{rendered.source}: no token of the row is trained; give it an answer or remove it",
             )
         cuts = self._chunks(len(ids)) if rendered.document else [(0, len(ids))]
         return [_example(ids[a:b], [False, *trained[a + 1 : b]], rendered.source) for a, b in cuts]
@@ -140,6 +151,8 @@ class Renderer:
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Example:
     """The ids and mask of one row; of a document longer than max_length, the first chunk.
 
+    Of a conversation that needs a text for each answer, the last one.
+
     Other rows come back whole, however long: `encode` drops and counts those past max_length. Raises
     DataError, naming the row, if it cannot be rendered or has nothing to train on.
     """
@@ -162,6 +175,11 @@ def with_system(content: Conversation | Pair, settings: DataSettings) -> list[Me
     return [{"role": "system", "content": settings.system}, *messages]
 
 
+def tools_of(content: Conversation | Pair) -> list[Any] | None:
+    """The descriptions of functions that a conversation brings along."""
+    return content.tools if isinstance(content, Conversation) else None
+
+
 def before_answer(pair: Pair) -> str:
     """The prompt of a model without a chat template, without the spaces that its answer begins with."""
     return pair.prompt.rstrip(" ")
@@ -176,4 +194,6 @@ def _check_unicode(text: str, row: Row) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
-        raise DataError(f"{row.source}: holds half of a character pair ({half}); repair the row") from None
+        raise RowError(
+            "refused", f"{row.source}: holds half of a character pair ({half}); repair the row"
+        ) from None

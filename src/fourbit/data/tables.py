@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fourbit.data.packed import Member
 from fourbit.data.row import Row
 from fourbit.errors import DataError
 
 
-def delimited(path: Path, delimiter: str) -> Iterator[Row]:
+def delimited(path: Path | Member, delimiter: str) -> Iterator[Row]:
     """A table with a header line; every value is text. A record may span lines inside quotes."""
     # The module's limit of 131,072 characters a cell is process-wide, and documents are longer.
     limit = csv.field_size_limit(sys.maxsize)
@@ -24,7 +25,7 @@ def delimited(path: Path, delimiter: str) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
-def _records(path: Path, delimiter: str) -> Iterator[Row]:
+def _records(path: Path | Member, delimiter: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         columns: list[str] | None = None
@@ -41,8 +42,12 @@ def _records(path: Path, delimiter: str) -> Iterator[Row]:
             if not record:
                 blank = blank or line
                 continue
-            if blank is not None or not any(record):
-                raise DataError(f"{path}:{blank or line}: the row is empty; remove the line")
+            if blank is not None:
+                yield Row({}, str(path), blank)
+                blank = None
+            if not any(record):
+                yield Row({}, str(path), line)
+                continue
             if columns is None:
                 columns = _header(record, path, line)
                 continue
@@ -54,7 +59,7 @@ def _records(path: Path, delimiter: str) -> Iterator[Row]:
             yield Row(dict(zip(columns, record, strict=True)), str(path), line)
 
 
-def _header(record: list[str], path: Path, line: int) -> list[str]:
+def _header(record: list[str], path: Path | Member, line: int) -> list[str]:
     columns = [name.strip() for name in record]
     for index, name in enumerate(columns):
         if not name:
@@ -81,9 +86,6 @@ def parquet(path: Path) -> Iterator[Row]:
 
 def datasets_folder(path: Path) -> Iterator[Row]:
     """A folder written by `save_to_disk`; of several splits the path must name one."""
-    splits = path / "dataset_dict.json"
-    if not splits.exists() and not (path / "state.json").exists():
-        raise DataError(f"{path}: a folder, but not one that `datasets` saved; name the files in it")
     try:
         import datasets
     except ImportError:
@@ -104,9 +106,8 @@ def datasets_folder(path: Path) -> Iterator[Row]:
 
 def _numbered(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
     for number, fields in enumerate(records, start=1):
-        if all(value is None or value == "" for value in fields.values()):
-            raise DataError(f"{path}:{number}: the row is empty; remove it")
-        yield Row(fields, str(path), number)
+        blank = all(value is None or value == "" for value in fields.values())
+        yield Row({} if blank else fields, str(path), number)
 
 
 def _first_line(error: Exception) -> str:

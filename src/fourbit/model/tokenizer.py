@@ -27,6 +27,19 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
+def open_tokenizer(
+    path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, hub name or .gguf file, as `fourbit.load` would give it."""
+    from fourbit.model.base import locate
+    from fourbit.model.formats import gguf
+
+    place = locate(path, revision)
+    tokenizer = gguf.read_tokenizer(place) if place.is_file() else read_tokenizer(place, trust_remote_code)
+    ensure_pad_token(tokenizer)
+    return tokenizer
+
+
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer without a pad token one that it already knows, so that no row must be added.
 

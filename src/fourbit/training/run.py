@@ -21,9 +21,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.config import DataSettings, RunConfig, TrainSettings, dump_config, learning_rate_for, resolve
-from fourbit.data.encode import Encoded, encode, sample, split
+from fourbit.data.encode import Encoded
+from fourbit.data.gate import prepare
 from fourbit.data.read import read_rows
-from fourbit.errors import ConfigError, DataError, nearest
+from fourbit.errors import ConfigError, nearest
 from fourbit.memory.measure import peak_bytes, release_free_memory
 from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
@@ -164,18 +165,18 @@ def prepare_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> tuple[Encoded, list[Any], list[Any]]:
     """(what was read, training examples, held-out examples); raises DataError with none to train on."""
-    encoded = encode(read_rows(config.data.train, config.data), tokenizer, config.data)
-    console.print(encoded.summary(), highlight=False, soft_wrap=True)
-    examples = list(encoded.examples)
-    if config.data.heldout:
-        heldout = list(encode(read_rows(config.data.heldout, config.data), tokenizer, config.data).examples)
-    else:
-        examples, heldout = split(examples, config.data.heldout_fraction, config.train.seed)
-    if config.data.max_rows is not None:
-        examples = sample(examples, config.data.max_rows, config.train.seed)
-    if not examples:
-        raise DataError(f"{', '.join(config.data.train)}: no row is left to train on; {encoded.summary()}")
-    return encoded, examples, heldout
+    with console.status("reading data") as status:
+        prepared = prepare(
+            config.data,
+            tokenizer,
+            config.train.seed,
+            lambda _, done, total: status.update(f"reading data: {done:,} of {total:,} rows"),
+        )
+    console.print(prepared.encoded.summary(), highlight=False, soft_wrap=True)
+    for name, value, attention in prepared.report.lines():
+        if attention and name in ("duplicates", "leakage", "note"):
+            console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+    return prepared.encoded, prepared.train, prepared.heldout
 
 
 def fit(

@@ -1,0 +1,124 @@
+"""`fourbit data`: what will be trained on, before a run: a report, and rows as colored tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fourbit.cli.common import add_config_arguments, console, print_json, read_settings, stage_progress
+from fourbit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fourbit.data.gate import Report
+    from fourbit.data.render import Example
+    from fourbit.data.view import Cell
+
+_TRAINED = ("black on green", "black on bright_green")
+_READ = "dim"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "data",
+        help="show what will be trained on",
+        description="Report on the rows of a run and show some as tokens, with those that are trained. "
+        "Only the model's tokenizer is loaded, and nothing is written unless --html asks for it.",
+        epilog="example: fourbit data --model models/SmolLM2-135M --data tickets.jsonl --rows 2",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+    parser.add_argument("--html", metavar="FILE", help="write the report and the rows as one HTML page")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report and rows; raises DataError for data that would refuse the run."""
+    config = read_settings(args)
+    if args.rows < 0:
+        raise ConfigError(f"--rows {args.rows}: give 0 or more")
+    from fourbit.data.gate import prepare
+    from fourbit.data.view import cells
+    from fourbit.model.tokenizer import open_tokenizer
+
+    out = console(args.json)
+    model = config.model
+    tokenizer = open_tokenizer(model.path, model.revision, model.trust_remote_code)
+    with stage_progress("reading", out) as progress:
+        prepared = prepare(config.data, tokenizer, config.train.seed, progress)
+    rows = [(example, cells(example, tokenizer)) for example in prepared.train[: args.rows]]
+    if args.html:
+        _write(args.html, prepared.report, rows, f"What is trained: {', '.join(config.data.train)}")
+    if args.json:
+        print_json(prepared.report.to_dict())
+        return 0
+    if not args.html:
+        for example, tokens in rows:
+            _show(example, tokens, out)
+    _print_report(prepared.report, out)
+    if args.html:
+        out.print(f"wrote {args.html}, which holds the text of {len(rows):,} rows", highlight=False)
+    return 0
+
+
+def _show(example: Example, tokens: list[Cell], out: Console) -> None:
+    trained = sum(example.trained)
+    out.print(Text(f"{example.source}  {len(example.input_ids):,} tokens, {trained:,} trained", style="bold"))
+    colored = out.color_system is not None
+    text = _colored(tokens) if colored else _marked(tokens)
+    out.print(text, soft_wrap=not colored, end="\n" if text.plain.endswith("\n") else "\n\n")
+
+
+def _colored(tokens: list[Cell]) -> Text:
+    text = Text()
+    for index, cell in enumerate(tokens):
+        style = _TRAINED[index % 2] if cell.trained else _READ
+        text.append(_visible(cell.text), style=style + (" bold" if cell.special else ""))
+    return text
+
+
+def _marked(tokens: list[Cell]) -> Text:
+    """Where there is no color, brackets around what is trained."""
+    text, open_ = Text(), False
+    for cell in tokens:
+        if cell.trained != open_:
+            text.append("⟦" if cell.trained else "⟧")
+            open_ = cell.trained
+        text.append(_visible(cell.text))
+    if open_:
+        text.append("⟧")
+    return text
+
+
+def _visible(text: str) -> str:
+    """Line ends marked, and no control character that could move a terminal's cursor."""
+    shown = text.replace("\n", "⏎\n").replace("\t", "    ")
+    return "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def _print_report(report: Report, out: Console) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value, attention in report.lines():
+        table.add_row(name, Text(value, style="yellow" if attention else ""))
+    out.print(table)
+
+
+def _write(path: str, report: Report, rows: list[tuple[Example, list[Cell]]], title: str) -> None:
+    from fourbit.data.view import page
+
+    try:
+        # It holds what the rows say: for its owner only.
+        handle = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(page(report, rows, title))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
