@@ -111,7 +111,7 @@ def test_sigterm_saves_and_stops(runner: Runner, settings: Any, tmp_path: Path) 
 
 def _wait_for_steps(config: RunConfig, steps: int) -> None:
     metrics = Path(config.output) / "metrics.jsonl"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -20,7 +20,7 @@ from tests.training.runner import Runner
 def test_two_processes_cannot_write_one_folder(runner: Runner, settings: Any) -> None:
     config = settings(train__max_steps=1000, train__eval_every=1000)
     pid = runner.start(config)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while not (Path(config.output) / "metrics.jsonl").exists():
         assert time.monotonic() < until
         time.sleep(0.01)
