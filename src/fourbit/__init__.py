@@ -15,12 +15,23 @@ _WHERE = {
     "add_lora": "fourbit.model.adapters",
     "save_quantized": "fourbit.model.save",
     "train": "fourbit.training.run",
+    "merge": "fourbit.exporting.export",
+    "export": "fourbit.exporting.export",
     "errors": "fourbit.errors",
     "FourBitConfig": "fourbit.model.quantizer",
     "functional": "fourbit.functional",
 }
 
-__all__ = ["FourBitConfig", "add_lora", "functional", "load", "save_quantized", "train"]
+__all__ = [
+    "FourBitConfig",
+    "add_lora",
+    "export",
+    "functional",
+    "load",
+    "merge",
+    "save_quantized",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,20 @@ follow QLoRA (arXiv:2305.14314) section 4 and appendix B where the paper gives o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fourbit.errors import ConfigError, nearest
 
@@ -19,6 +28,18 @@ QuantType = Literal["nf4", "fp4", "int4", "none"]
 #: Why a row cannot be trained.
 Problem = Literal["empty", "no_trained_token", "no_end_token", "refused"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+#: Scores of generated answers (`fourbit.evaluate.metrics`).
+METRICS = (
+    "exact_match",
+    "contains",
+    "regex",
+    "number",
+    "json_valid",
+    "json_match",
+    "rouge_l",
+    "token_f1",
+)
 
 #: QLoRA table 9: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B.
 LEARNING_RATE, LEARNING_RATE_LARGE, LARGE_MODEL = 2e-4, 1e-4, 32_000_000_000
@@ -70,7 +91,8 @@ class ModelSettings(_Settings):
         default=True, description="quantize the scales too (0.127 instead of 0.5 bits)"
     )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="auto", description="dtype of matrix products; auto takes the faster of bfloat16 and float32"
+        default="auto",
+        description="dtype of matrix products; auto measures which of bfloat16 and float32 is faster",
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
@@ -206,15 +228,55 @@ class TrainSettings(_Settings):
     early_stop_patience: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better held-out loss"
     )
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")
+    deterministic: bool = Field(
+        default=True,
+        description="the same run gives the same bytes; false lets a GPU take faster kernels that race",
+    )
     seed: int = Field(default=0, ge=0, description="seed of split, order, adapter initialisation and dropout")
     tensorboard: bool = Field(default=False, description="also write TensorBoard events into the run folder")
 
 
 class EvalSettings(_Settings):
-    """Generation while evaluating."""
+    """Generation while evaluating, and how its answers are scored."""
 
     max_new_tokens: int = Field(default=64, ge=1, description="longest answer generated")
     batch_size: int = Field(default=32, ge=1, description="prompts generated at once")
+    metrics: Strings = Field(default=("exact_match",), description=f"scores of answers: {', '.join(METRICS)}")
+    pattern: str | None = Field(
+        default=None, description="what regex looks for; a group extracts what must equal the reference's"
+    )
+    shots: int = Field(default=0, ge=0, description="multiple choice: worked examples before each question")
+    shots_file: str | None = Field(
+        default=None, description="multiple choice: file of the examples, the first ones of each subject"
+    )
+    choice_prompt: Literal["plain", "chat"] = Field(
+        default="plain",
+        description="multiple choice and lm-eval: plain text as MMLU has it, or a turn of a chat",
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = next((name for name in names if name not in METRICS), None)
+        if unknown is not None:
+            hint = nearest(unknown, METRICS) or f"; known are {', '.join(METRICS)}"
+            raise ValueError(f"unknown metric '{unknown}'{hint}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"name at least one metric, and each once, not [{', '.join(names)}]")
+        return names
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalSettings:
+        if ("regex" in self.metrics) != (self.pattern is not None):
+            raise ValueError("pattern and the metric regex go together: give both or neither")
+        if (self.shots > 0) != (self.shots_file is not None):
+            raise ValueError("shots and shots_file go together: give both or neither")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+        return self
 
 
 class RunConfig(_Settings):

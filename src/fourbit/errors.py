@@ -47,6 +47,18 @@ class TrainingError(FourBitError, RuntimeError):
     exit_code = 6
 
 
+class ExportError(FourBitError, RuntimeError):
+    """A model cannot be exported, such as when the program that quantizes it is missing or fails."""
+
+    exit_code = 8
+
+
+class VerificationError(FourBitError, RuntimeError):
+    """A merged or exported model is not what was trained."""
+
+    exit_code = 7
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest known name, or an empty string."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)

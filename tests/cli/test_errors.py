@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fourbit.cli.main import COMMANDS
 from tests.cli.conftest import ROWS, Fourbit
 
 ROW = ROWS.splitlines()[0] + "\n"
@@ -74,7 +75,8 @@ CASES = [
     (
         TRAIN + "--set eval=3",
         2,
-        "settings: 'eval' = 3: must be a section with max_new_tokens, batch_size",
+        "settings: 'eval' = 3: must be a section with max_new_tokens, batch_size, metrics, pattern, shots, "
+        "shots_file, choice_prompt",
     ),
     # data: found before the model is loaded
     (
@@ -220,7 +222,7 @@ def test_one_line_and_an_exit_code(
 )
 def test_unknown_commands(fourbit: Fourbit, word: str, message: str) -> None:
     code, out, error = fourbit(word)
-    commands = "init, train, eval, chat, quantize, doctor"
+    commands = ", ".join(COMMANDS)
     assert (code, out) == (2, "")
     assert error == f"fourbit: error: {message}; commands are {commands}\n"
 

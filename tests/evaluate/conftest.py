@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from fourbit.cli.main import main
 from fourbit.config import DataSettings
 from fourbit.data.batch import collate
 from fourbit.data.encode import encode
 from fourbit.data.row import Row
+from fourbit.model.adapters import add_lora
 from fourbit.nn.loss import causal_lm_loss
 from tests.tiny import byte_tokenizer, llama
 
+Run = Callable[..., tuple[int, str, str]]
 SIZES: dict[str, Any] = {
     "vocab_size": len(byte_tokenizer()),
     "hidden_size": 64,
@@ -87,3 +92,34 @@ def learned(rows: list[Row]) -> LlamaForCausalLM:
         optimizer.zero_grad()
     assert loss.item() / count < 0.05
     return model.eval()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # what fixtures printed
+        code = main(list(words))
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, learned: LlamaForCausalLM) -> str:
+    folder = tmp_path / "model"
+    learned.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> str:
+    """An adapter that changes the base so much that it answers otherwise."""
+    folder = tmp_path / "adapter"
+    add_lora(build("llama"), r=4, init_lora_weights=False).save_pretrained(
+        str(folder), save_embedding_layers=False
+    )
+    return str(folder)

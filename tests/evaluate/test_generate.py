@@ -10,7 +10,8 @@ import torch
 
 from fourbit.errors import ConfigError, DataError, ModelError
 from fourbit.evaluate.context import Context
-from fourbit.evaluate.generate import Sampling, TextPieces, generate, stop_ids, stream
+from fourbit.evaluate.generate import TextPieces, generate, stop_ids, stream
+from fourbit.evaluate.sampling import Sampling
 from fourbit.model.adapters import add_lora
 from tests.evaluate.conftest import build, random_prompts
 from tests.tiny import byte_tokenizer

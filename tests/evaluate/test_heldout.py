@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fourbit.data.render import Example
 from fourbit.errors import DataError
 from fourbit.evaluate.batching import length_batches
-from fourbit.evaluate.heldout import HeldoutLoss, heldout_loss
+from fourbit.evaluate.heldout import HeldoutLoss, RowLoss, example_losses, heldout_loss, total_loss
 from tests.evaluate.conftest import build
 
 
@@ -39,6 +39,28 @@ def test_every_token_counts_once(tokens_per_batch: int) -> None:
     assert found.tokens == count
     assert found.loss == pytest.approx(total / count, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 100, 2048])
+def test_losses_of_rows_add_up(tokens_per_batch: int) -> None:
+    model, rows = build("llama"), examples(13)
+    rows[4] = replace(rows[4], trained=[False] * len(rows[4].trained))
+    seen: list[tuple[int, int]] = []
+    found = example_losses(
+        model, rows, 0, tokens_per_batch=tokens_per_batch, progress=lambda *at: seen.append(at)
+    )
+    assert found[4] == RowLoss(0.0, 0)
+    for row, loss in zip(rows, found, strict=True):
+        if loss.tokens:
+            alone = heldout_loss(model, [row], 0)
+            assert loss.tokens == alone.tokens
+            assert loss.loss / loss.tokens == pytest.approx(alone.loss, rel=1e-5)
+    whole = heldout_loss(model, rows, 0)
+    assert total_loss(found).tokens == whole.tokens
+    assert total_loss(found).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert seen[-1] == (13, 13)
+    with pytest.raises(DataError, match="no token of the rows is trained"):
+        total_loss([found[4]])
 
 
 def test_the_model_trains_on_afterwards() -> None:

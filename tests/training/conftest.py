@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from fourbit.config import RunConfig, load_config
 from tests.tiny import save_llama
+from tests.training.runner import Runner
 
 WORDS = ("red", "blue", "green", "black", "white", "pink", "gray", "gold")
 
@@ -53,3 +55,10 @@ def settings(tmp_path: Path, data: Path) -> Any:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """Runs in processes of their own, which a test may kill."""
+    with Runner(tmp_path_factory.mktemp("runner") / "output.txt") as server:
+        yield server

@@ -58,7 +58,8 @@ def test_a_run_learns_and_leaves_everything_behind(settings: Any) -> None:
         line["heldout_loss"] for line in lines(config.output) if "heldout_loss" in line
     )
     names = {path.name for path in Path(config.output).iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "timing.jsonl", "summary.json", "checkpoints", "adapter"}
+    records = {"metrics.jsonl", "timing.jsonl", "summary.json", "provenance.json"}
+    assert names == {"config.yaml", "checkpoints", "adapter"} | records
     assert {path.name for path in (Path(config.output) / "checkpoints").iterdir()} == {
         "step-000040",
         "step-000060",

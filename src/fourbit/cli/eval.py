@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fourbit.cli.common import console, print_json, stage_progress
+from fourbit.cli.eval_tables import print_choice, print_results, print_tasks
 from fourbit.cli.subject import Subject, add_subject_arguments, open_subject, read_subject_settings
 from fourbit.config import RunConfig
 from fourbit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from fourbit.data.row import Row
-    from fourbit.evaluate.scores import Accuracy
     from fourbit.evaluate.task import EvalResult
+
+Report = Callable[[str, int, int], None]
+Result = TypeVar("Result")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,9 +29,12 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="score a model, and its adapter beside it",
-        description="Score a model on rows it was not trained on: exact match of its answers, with a 95 % "
-        "interval, loss, perplexity; base and adapter together. Without --data, on the run's held-out rows.",
-        epilog="example: fourbit eval runs/demo --data test.csv --labels-from-column category",
+        description="Score a model on rows it was not trained on: its answers by the metrics of eval.metrics "
+        "(exact match unless set otherwise), loss and perplexity; base and adapter together, with 95 % "
+        "intervals and what differs. Without --data, on the run's held-out rows.",
+        epilog="examples: fourbit eval runs/demo --data test.csv --labels-from-column category   |   "
+        "fourbit eval runs/maths --data gsm8k.jsonl --set eval.metrics=[number]   |   "
+        "fourbit eval runs/demo --data mmlu.jsonl --multiple-choice",
     )
     add_subject_arguments(parser)
     parser.add_argument("--data", action="append", metavar="FILE", help="rows to score; may be repeated")
@@ -40,40 +44,175 @@ def add_parser(subparsers: Any) -> None:
         "--labels-from-column", metavar="COLUMN", help="also pick the likeliest of this column's values"
     )
     group.add_argument("--choices", metavar="A,B,...", help="also pick the likeliest of these answers")
+    group.add_argument(
+        "--multiple-choice",
+        action="store_true",
+        help="the rows are questions with options (columns question, choices, answer, subject): pick the "
+        "likeliest letter, as for MMLU",
+    )
+    group.add_argument(
+        "--lm-eval",
+        action="append",
+        metavar="TASK.yaml",
+        help="run this task of lm-eval-harness instead; may be repeated",
+    )
     parser.add_argument("--only", choices=("base", "adapter"), help="score only one of the two")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default 3)")
     parser.add_argument("--ignore-case", action="store_true", help="upper and lower case are the same")
     parser.add_argument(
         "--fast", action="store_true", help="break off answers that are already wrong, and leave out the loss"
     )
+    parser.add_argument(
+        "--output", metavar="FILE.jsonl", help="also write each row's scores, without its texts"
+    )
+    parser.add_argument("--with-text", action="store_true", help="write the texts into --output too")
     parser.add_argument("--json", action="store_true", help="print JSON, progress on standard error")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score and print."""
+    _check(args)
+    config = read_subject_settings(args, args.data[0] if args.data else None)
+    out = console(args.json)
+    if args.lm_eval:
+        _run_tasks(args, config, out)
+    elif args.multiple_choice:
+        _run_choice(args, config, out)
+    else:
+        _run_rows(args, config, out)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from fourbit.evaluate.rowfile import check_writable
+
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: give at least 1")
     if args.samples < 0:
         raise ConfigError(f"--samples {args.samples}: give 0 or more")
-    if args.model is not None and not args.data:
+    if args.multiple_choice and not args.data:
+        raise ConfigError("--multiple-choice needs --data: the file of questions")
+    if args.lm_eval and (args.data or args.output):
+        raise ConfigError("--lm-eval goes without --data and --output: the task file names its own data")
+    if args.model is not None and not args.data and not args.lm_eval:
         raise ConfigError("--model needs --data: the rows to score")
-    config = read_subject_settings(args, args.data[0] if args.data else None)
-    out = console(args.json)
+    if args.with_text and not args.output:
+        raise ConfigError("--with-text needs --output: the file to write")
+    if args.output:
+        check_writable(args.output)
+
+
+def _run_rows(args: argparse.Namespace, config: RunConfig, out: Console) -> None:
+    from fourbit.evaluate.result import differences
+    from fourbit.evaluate.rowfile import write_rows
+    from fourbit.evaluate.task import evaluate
+
     rows = _rows(args, config)
     labels = _labels(args, rows)
-    subject = open_subject(args, config.model)
-    if args.only == "adapter" and not subject.has_adapter:
-        raise ConfigError("--only adapter: there is no adapter; give a run folder or --adapter")
+    subject = _open(args, config)
     if not args.data:
         rows = _heldout(rows, config, subject)
     rows = _limited(rows, args.limit, config)
-    results = _score(args, config, subject, rows, labels, out)
+
+    def score(report: Report) -> EvalResult:
+        return evaluate(
+            subject.model,
+            subject.tokenizer,
+            rows,
+            config.data,
+            config.eval,
+            labels=labels,
+            loss=not args.fast,
+            samples=args.samples,
+            complete=not args.fast,
+            casefold=args.ignore_case,
+            progress=report,
+        )
+
+    results = _of_each(args, subject, score, out)
+    apart = differences(results["base"], results["adapter"]) if len(results) == 2 else {}
+    if args.output:
+        write_rows(args.output, results, args.with_text)
     if args.json:
-        print_json({name: result.to_dict() for name, result in results.items()})
+        found: dict[str, Any] = {name: result.to_dict() for name, result in results.items()}
+        print_json(found | _difference_dict(apart))
     else:
-        _print(results, out)
-    return 0
+        print_results(results, apart, out)
+
+
+def _run_choice(args: argparse.Namespace, config: RunConfig, out: Console) -> None:
+    from fourbit.data.read import read_rows
+    from fourbit.evaluate.choice import ChoiceResult, differences, evaluate_choice
+    from fourbit.evaluate.questions import question_of
+    from fourbit.evaluate.rowfile import write_rows
+
+    rows = _limited(read_rows(args.data, config.data, check=question_of), args.limit, config)
+    questions = [question_of(row, config.data) for row in rows]
+    shown = (
+        read_rows([config.eval.shots_file], config.data, check=question_of) if config.eval.shots_file else []
+    )
+    examples = [question_of(row, config.data) for row in shown]
+    subject = _open(args, config)
+
+    def score(report: Report) -> ChoiceResult:
+        return evaluate_choice(
+            subject.model,
+            subject.tokenizer,
+            questions,
+            config.eval,
+            examples=examples,
+            progress=lambda done, total: report("questions", done, total),
+        )
+
+    results = _of_each(args, subject, score, out)
+    apart = differences(results["base"], results["adapter"]) if len(results) == 2 else {}
+    if args.output:
+        write_rows(args.output, results, args.with_text)
+    if args.json:
+        found: dict[str, Any] = {name: result.to_dict() for name, result in results.items()}
+        print_json(found | _difference_dict(apart))
+    else:
+        print_choice(results, apart, out)
+
+
+def _run_tasks(args: argparse.Namespace, config: RunConfig, out: Console) -> None:
+    from fourbit.evaluate.lm_eval import TaskScore, check_tasks, score_tasks
+
+    check_tasks(args.lm_eval)
+    subject = _open(args, config)
+
+    def score(report: Report) -> list[TaskScore]:
+        return score_tasks(subject.model, subject.tokenizer, args.lm_eval, config.eval, limit=args.limit)
+
+    results = _of_each(args, subject, score, out)
+    if args.json:
+        print_json({name: [asdict(score) for score in scores] for name, scores in results.items()})
+    else:
+        print_tasks(results, out)
+
+
+def _open(args: argparse.Namespace, config: RunConfig) -> Subject:
+    subject = open_subject(args, config.model)
+    if args.only == "adapter" and not subject.has_adapter:
+        raise ConfigError("--only adapter: there is no adapter; give a run folder or --adapter")
+    return subject
+
+
+def _of_each(
+    args: argparse.Namespace, subject: Subject, score: Callable[[Report], Result], out: Console
+) -> dict[str, Result]:
+    """The result of the base, the adapter, or both, by name."""
+    wanted = [args.only] if args.only else ["base", "adapter"] if subject.has_adapter else ["base"]
+    results: dict[str, Result] = {}
+    for name in wanted:
+        with stage_progress(name, out) as report, subject.base() if name == "base" else _unchanged():
+            results[name] = score(report)
+    return results
+
+
+def _difference_dict(found: dict[str, Any]) -> dict[str, Any]:
+    return {"difference": {name: asdict(value) for name, value in found.items()}} if found else {}
 
 
 def _rows(args: argparse.Namespace, config: RunConfig) -> list[Row]:
@@ -117,86 +256,6 @@ def _labels(args: argparse.Namespace, rows: Sequence[Row]) -> list[str] | None:
     return sorted({str(row.fields[column]) for row in rows})
 
 
-def _score(
-    args: argparse.Namespace,
-    config: RunConfig,
-    subject: Subject,
-    rows: list[Row],
-    labels: list[str] | None,
-    out: Console,
-) -> dict[str, EvalResult]:
-    from fourbit.evaluate.task import evaluate
-
-    wanted = [args.only] if args.only else ["base", "adapter"] if subject.has_adapter else ["base"]
-    results: dict[str, EvalResult] = {}
-    for name in wanted:
-        with stage_progress(name, out) as progress, subject.base() if name == "base" else _unchanged():
-            results[name] = evaluate(
-                subject.model,
-                subject.tokenizer,
-                rows,
-                config.data,
-                config.eval,
-                labels=labels,
-                loss=not args.fast,
-                samples=args.samples,
-                complete=not args.fast,
-                casefold=args.ignore_case,
-                progress=progress,
-            )
-    return results
-
-
 @contextmanager
 def _unchanged() -> Iterator[None]:
     yield
-
-
-def _print(results: dict[str, EvalResult], out: Console) -> None:
-    first = next(iter(results.values()))
-    table = Table(box=box.SIMPLE_HEAD, title=f"{first.rows:,} rows", title_justify="left")
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, values in _figures(results):
-        table.add_row(label, *values)
-    out.print(table)
-    for name, result in results.items():
-        if result.cut:
-            cut = f"{name}: {result.cut:,} answers reached eval.max_new_tokens and count as wrong"
-            out.print(cut, style="yellow")
-    _print_samples(results, out)
-
-
-def _figures(results: dict[str, EvalResult]) -> Iterator[tuple[str, list[str]]]:
-    found = list(results.values())
-    if found[0].accuracy is not None:
-        yield "exact match [95 %]", [_interval(result.accuracy) for result in found]
-    if found[0].choice_accuracy is not None:
-        yield "likeliest label [95 %]", [_interval(result.choice_accuracy) for result in found]
-    if found[0].loss is not None:
-        yield "loss per token", [f"{result.loss.loss:.4f}" if result.loss else "" for result in found]
-        yield "perplexity", [f"{result.loss.perplexity:.2f}" if result.loss else "" for result in found]
-    yield "seconds", [f"{result.seconds:.0f}" for result in found]
-
-
-def _interval(accuracy: Accuracy | None) -> str:
-    return f"{accuracy.value:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}]" if accuracy else ""
-
-
-def _print_samples(results: dict[str, EvalResult], out: Console) -> None:
-    first = next(iter(results.values()))
-    if not first.samples:
-        return
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True, title="samples", title_justify="left")
-    for column in ("prompt", "reference", *results):
-        table.add_column(column, overflow="fold")
-    for number, sample in enumerate(first.samples):
-        answers = [result.samples[number] for result in results.values()]
-        # Text, not str: an answer may hold what rich would read as markup.
-        table.add_row(
-            Text(sample.prompt),
-            Text(sample.reference),
-            *(Text(answer.answer, "green" if answer.right else "red") for answer in answers),
-        )
-    out.print(table)

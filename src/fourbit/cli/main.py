@@ -1,7 +1,7 @@
 """The `fourbit` command: one module per subcommand, imported only when it is the one that runs.
 
 Exit codes: 0 done, 1 failed, 2 settings or arguments, 3 data, 4 model or adapter, 5 quantization,
-6 training, 130 interrupted.
+6 training, 7 verification, 8 export, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ COMMANDS = {
     "train": "fine-tune a model as a config file says",
     "eval": "score a model, and its adapter beside it",
     "chat": "talk to a model or a finished run",
+    "adapters": "list adapters, or combine several into one",
+    "merge": "put an adapter into its base's weights",
+    "export": "write a run for a serving engine",
+    "compare": "train several ways on the same rows, and say which differences count",
+    "report": "write a page about a run",
     "quantize": "write a model as a 4-bit checkpoint",
+    "verify": "compare a merge or export with the adapter it came from",
     "doctor": "say what this machine and this installation can do",
 }
 INTERRUPTED = 130

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fourbit.cli.common import console, print_json
+from fourbit.cli.common import console, print_json, stage_progress
 from fourbit.config import BLOCK_SIZES
 from fourbit.errors import ConfigError
 
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.overwrite:
         raise ConfigError(f"{output}: exists and is not empty; choose another folder, or --overwrite")
+    from fourbit.exporting import provenance
     from fourbit.model.load import load, load_report
     from fourbit.model.save import check_savable, save_quantized
 
@@ -54,6 +55,19 @@ def run(args: argparse.Namespace) -> int:
     report = load_report(model)
     out.print(report.line(), highlight=False, soft_wrap=True)
     size = save_quantized(model, tokenizer, output)
+    with stage_progress("quantize", out) as progress:
+        place = Path(str(model.name_or_path))
+        base = provenance.describe(
+            "base", place, lambda done, total: progress("identify the base", done, total)
+        )
+    settings = {
+        "quant_type": args.quant_type,
+        "block_size": args.block_size,
+        "double_quant": not args.no_double_quant,
+    }
+    effect = {"bytes": size, "bits_per_weight": report.bits_per_weight}
+    step = provenance.make_step("quantize", [base], settings, effect)
+    provenance.write(output, [*provenance.read(place), step])
     if args.json:
         print_json(
             {

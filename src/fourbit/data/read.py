@@ -35,15 +35,22 @@ TEXT_READERS: dict[str, Reader] = {
 SUFFIXES = (*TEXT_READERS, ".parquet", *packed.SUFFIXES)
 
 
-def read_rows(paths: Sequence[str | Path], settings: DataSettings) -> list[Row]:
+def read_rows(
+    paths: Sequence[str | Path],
+    settings: DataSettings,
+    *,
+    check: Callable[[Row, DataSettings], object] = form_of,
+) -> list[Row]:
     """All rows of all files, in the order given.
 
     A path is a file with one of `SUFFIXES`, a folder of text, or one written by
     `datasets.Dataset.save_to_disk`. A `.txt` or `.md` file is one row with the column `text`.
 
+    check: called with each row and the settings; raises DataError for columns that are not what is wanted,
+    which by default are those of a form that can be trained on.
+
     Raises DataError, naming file and line: missing or empty file, empty row (unless data.allow names it: it
-    then comes back without fields), malformed row, a row that is not an object, columns of which no form can
-    be made under `settings`.
+    then comes back without fields), malformed row, a row that is not an object, or what `check` refuses.
     """
     rows: list[Row] = []
     for path in map(Path, paths):
@@ -55,7 +62,7 @@ def read_rows(paths: Sequence[str | Path], settings: DataSettings) -> list[Row]:
         raise DataError("no data files were given; set data.train to a file or a list of files")
     for row in rows:
         if row.fields:
-            form_of(row, settings)
+            check(row, settings)
         elif "empty" not in settings.allow:
             raise blank_row(row)
     return rows

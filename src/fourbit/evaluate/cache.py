@@ -43,6 +43,11 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values, self._key_room, self._value_room = keys, values, None, None
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` slots."""
+        if self.is_initialized and self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
 
 def empty_cache() -> DynamicCache:
     """A cache that makes its layers as a model first calls them."""

@@ -113,6 +113,13 @@ class Context:
             self.model, changed_cache(self.cache, lambda tensor: tensor), self.positions, self.logits
         )
 
+    def crop(self, length: int) -> None:
+        """Keep the first `length` slots of every row."""
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            layer.truncate(length)
+        self.positions = self.positions[:, :length]
+
     def select(self, rows: Tensor) -> None:
         """Keep only these rows (int64 [n])."""
         self.cache = changed_cache(self.cache, lambda tensor: tensor.index_select(0, rows))
@@ -135,7 +142,7 @@ def prefill(
     prompts: token ids, none empty. To be iterated under `inference(model)`. Raises DataError for an empty
     prompt, ModelError for an architecture whose memory is not a KV cache.
     """
-    _check(model, prompts)
+    check_prompts(model, prompts)
     if not prompts:
         return
     device = next(model.parameters()).device
@@ -205,7 +212,8 @@ def _as_mask(config: Any, visible: Tensor) -> Tensor:
     return torch.where(visible[:, None], 0.0, lowest)
 
 
-def _check(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise DataError for an empty prompt, ModelError for an architecture whose memory is not a KV cache."""
     config = _config(model)
     unknown = _layer_kinds(config) - {"full_attention", "sliding_attention"}
     if unknown:

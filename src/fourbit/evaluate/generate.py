@@ -8,47 +8,23 @@ depend on the seed and the prompt's index, not on what else is in the batch.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fourbit.errors import ConfigError
 from fourbit.evaluate.context import Context, Progress, inference, prefill, transformers_model
 from fourbit.evaluate.labels import end_of_turn
+from fourbit.evaluate.prompt_cache import PromptCache
+from fourbit.evaluate.sampling import GREEDY, Sampling, next_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Shrinking the cache copies it, so rows leave once an eighth of the batch has finished.
 _LEAVING = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 takes the most likely one.
-
-    top_k  only among the k most likely (0: all)
-    top_p  only among the most likely that together have this probability (Holtzman et al., arXiv:1904.09751)
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature is {self.temperature}, must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}, must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}, must be 0 (off) or more")
-
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +57,7 @@ def generate(
     with inference(model):
         for indices, context in prefill(model, prompts, batch_size):
             for index, answer in answer_batch(
-                context, indices, stop, max_new_tokens, sampling=sampling, go_on=go_on
+                context, indices, stop, max_new_tokens, sampling=sampling, go_on=go_on, prompts=prompts
             ):
                 answers[index] = answer
                 done += 1
@@ -98,10 +74,12 @@ def answer_batch(
     *,
     sampling: Sampling = GREEDY,
     go_on: Callable[[int, list[int]], bool] | None = None,
+    prompts: Sequence[Sequence[int]] = (),
 ) -> Iterator[tuple[int, Answer]]:
     """The answers of one prefilled batch, as they finish; consumes the context (fork it to keep it).
 
-    indices: of the context's rows among all prompts. To be iterated under `inference(model)`.
+    indices: of the context's rows among all prompts; prompts: all of them, needed for a repetition penalty.
+    To be iterated under `inference(model)`.
     """
     answers: dict[int, list[int]] = {index: [] for index in indices}
     draws = {index: random.Random(f"{sampling.seed}/{index}") for index in indices}
@@ -109,7 +87,10 @@ def answer_batch(
     logits = context.logits
     while True:
         row_draws = [draws[index] if index is not None else None for index in rows]
-        tokens = _next_tokens(logits, sampling, row_draws)
+        seen = None
+        if sampling.repetition_penalty != 1.0:
+            seen = [[*prompts[i], *answers[i]] if i is not None else [] for i in rows]
+        tokens = next_tokens(logits, sampling, row_draws, seen)
         for row, (index, token) in enumerate(zip(rows, tokens, strict=True)):
             if index is None:
                 continue
@@ -138,25 +119,32 @@ def stream(
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
-) -> Iterator[str]:
-    """One answer in pieces of text as they are written; a piece never ends inside a character."""
-    text = TextPieces(tokenizer)
-    with inference(model):
-        _, context = next(prefill(model, [prompt], 1))
-        logits = context.logits
-    draw = random.Random(f"{sampling.seed}/0")
+    cache: PromptCache | None = None,
+    draw: random.Random | None = None,
+) -> Generator[str, None, Answer]:
+    """One answer in pieces of text as they are written, then, as the generator's value, the answer.
+
+    A piece never ends inside a character.
+
+    cache  what this model with this adapter has read already; afterwards prompt and answer are in it
+    draw   the random numbers of sampling; by default those of `generate` for a first prompt
+    """
+    text, ids, stopped = TextPieces(tokenizer), list(prompt), False
+    cache = cache if cache is not None else PromptCache()
+    draw = draw if draw is not None else random.Random(f"{sampling.seed}/0")
     for _ in range(max_new_tokens):
-        (token,) = _next_tokens(logits, sampling, [draw])
-        if token in stop:
-            break
-        if piece := text.add(token):
-            yield piece
         # Entered anew for each token: a generator would carry inference mode out to its caller.
         with inference(model):
-            ids = torch.tensor([[token]], device=logits.device)
-            logits = context.extend(ids, context.lengths[:, None], last=1)[:, -1]
+            (token,) = next_tokens(cache.read(model, ids), sampling, [draw], [ids])
+        if token in stop:
+            stopped = True
+            break
+        ids.append(token)
+        if piece := text.add(token):
+            yield piece
     if piece := text.rest():
         yield piece
+    return Answer(ids[len(prompt) :], stopped)
 
 
 class TextPieces:
@@ -206,22 +194,3 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[
         ids = getattr(source, "eos_token_id", None)
         found.update(ids if isinstance(ids, list | tuple) else [ids] if ids is not None else [])
     return frozenset(found)
-
-
-def _next_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[random.Random | None]) -> list[int]:
-    """One token for each row of logits [B, V]; rows whose generator is None get any."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1).tolist()
-    scaled = logits.float() / sampling.temperature
-    most = min(sampling.top_k or scaled.shape[-1], scaled.shape[-1])
-    values, tokens = scaled.topk(most)  # sorted, the most likely first
-    probabilities = values.softmax(dim=-1).double()
-    cumulative = probabilities.cumsum(dim=-1)
-    # The token that crosses top_p still belongs to those kept, so the first always does.
-    kept = cumulative - probabilities < sampling.top_p
-    total = (probabilities * kept).sum(dim=-1)
-    uniform = [draw.random() if draw is not None else 0.0 for draw in draws]
-    wanted = torch.tensor(uniform, dtype=torch.float64, device=logits.device) * total
-    chosen = torch.searchsorted(cumulative, wanted[:, None], right=True)
-    chosen = chosen.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
-    return tokens.gather(1, chosen).squeeze(1).tolist()

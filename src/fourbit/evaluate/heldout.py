@@ -14,7 +14,7 @@ from fourbit.data.render import Example
 from fourbit.errors import DataError
 from fourbit.evaluate.batching import length_batches
 from fourbit.evaluate.context import evaluating
-from fourbit.nn.loss import causal_lm_loss
+from fourbit.nn.loss import causal_lm_loss, row_losses
 
 #: Padded tokens per forward pass: enough to keep two cores at their matrix-multiply rate, few enough to
 #: stay below the memory of a training step.
@@ -62,3 +62,40 @@ def heldout_loss(
             "no token of the held-out rows is trained, so there is no loss; give rows with answers"
         )
     return HeldoutLoss(total / count, count)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """loss: nats, summed over the row's trained tokens; tokens: how many."""
+
+    loss: float
+    tokens: int
+
+
+def example_losses(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[RowLoss]:
+    """The loss of each example, in their order; summed they give `heldout_loss` up to rounding."""
+    device = next(model.parameters()).device
+    found: dict[int, RowLoss] = {}
+    with evaluating(model), torch.no_grad():
+        for indices in length_batches([len(example.input_ids) for example in examples], tokens_per_batch):
+            batch = collate([examples[index] for index in indices], pad_id).to(device)
+            for index, loss, tokens in zip(indices, *row_losses(model, batch), strict=True):
+                found[index] = RowLoss(loss, tokens)
+            if progress is not None:
+                progress(len(found), len(examples))
+    return [found[index] for index in range(len(examples))]
+
+
+def total_loss(losses: Sequence[RowLoss]) -> HeldoutLoss:
+    """The token-weighted mean. Raises DataError if no token is trained."""
+    count = sum(row.tokens for row in losses)
+    if count == 0:
+        raise DataError("no token of the rows is trained, so there is no loss; give rows with answers")
+    return HeldoutLoss(math.fsum(row.loss for row in losses) / count, count)

@@ -11,6 +11,14 @@ from math import sqrt
 Z_95 = 1.959963984540054
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Bounds of the true share, with 95 % confidence, where `share` of `count` rows were right."""
+    centre = share + Z_95**2 / (2 * count)
+    half = Z_95 * sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
+    scale = 1 + Z_95**2 / count
+    return 0.0 if share == 0 else (centre - half) / scale, 1.0 if share == 1 else (centre + half) / scale
+
+
 @dataclass(frozen=True, slots=True)
 class Accuracy:
     """right of count answers; low and high bound the true accuracy with 95 % confidence.
@@ -30,25 +38,21 @@ class Accuracy:
 
     @property
     def low(self) -> float:
-        return 0.0 if self.right == 0 else self._centre - self._half_width
+        return wilson(self.value, self.count)[0]
 
     @property
     def high(self) -> float:
-        return 1.0 if self.right == self.count else self._centre + self._half_width
-
-    @property
-    def _centre(self) -> float:
-        return (self.value + Z_95**2 / (2 * self.count)) / (1 + Z_95**2 / self.count)
-
-    @property
-    def _half_width(self) -> float:
-        variance = self.value * (1 - self.value) / self.count + Z_95**2 / (4 * self.count**2)
-        return Z_95 * sqrt(variance) / (1 + Z_95**2 / self.count)
+        return wilson(self.value, self.count)[1]
 
     def __str__(self) -> str:
         if not self.count:
             return "no answers"
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}] ({self.right:,} of {self.count:,})"
+
+
+def as_dict(value: Accuracy) -> dict[str, float | int]:
+    """Plain values for JSON."""
+    return {name: getattr(value, name) for name in ("value", "low", "high", "right", "count")}
 
 
 def accuracy(right: Iterable[bool]) -> Accuracy:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,73 +16,26 @@ from fourbit.config import DataSettings, EvalSettings
 from fourbit.data.encode import encode, prompt_only
 from fourbit.data.forms import Conversation, Document, interpret
 from fourbit.data.row import Row
-from fourbit.errors import DataError
+from fourbit.errors import ConfigError, DataError
+from fourbit.evaluate.confusion import ConfusionTable, confusion_table
 from fourbit.evaluate.context import inference, prefill
 from fourbit.evaluate.generate import Answer, answer_batch, decode, stop_ids
-from fourbit.evaluate.heldout import HeldoutLoss, heldout_loss
+from fourbit.evaluate.heldout import RowLoss, example_losses, total_loss
+from fourbit.evaluate.intervals import Estimate
 from fourbit.evaluate.labels import answer_ids
 from fourbit.evaluate.likelihood import Choice, choose_batch
+from fourbit.evaluate.metrics.metric import Metric, metrics_of
+from fourbit.evaluate.result import EvalResult, RowScore, Sample
 from fourbit.evaluate.scores import Accuracy, Confusion, accuracy, confusions, exact_match, may_match
 from fourbit.evaluate.trie import LabelTrie
+
+__all__ = ["EvalResult", "Sample", "evaluate"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Called with what is being done, how much of it is done, and how much there is.
 StageProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One row, for a person to look at; choice is the most likely label where labels were given."""
-
-    prompt: str
-    reference: str
-    answer: str
-    right: bool
-    choice: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """What `evaluate` found; parts that the rows do not allow, or that were not asked for, are None.
-
-    accuracy         of generated answers, exact match
-    choice_accuracy  of the most likely labels
-    right            whether each row's generated answer is right
-    choices          the index of each row's most likely label
-    loss             of reference answers
-    confusions       wrong answers by frequency; of labels where they were given, else of generated answers,
-                     if those were completed
-    cut              generated answers that reached the length limit, and are wrong for it
-    seconds          wall-clock time
-    """
-
-    rows: int
-    accuracy: Accuracy | None
-    choice_accuracy: Accuracy | None
-    right: list[bool] | None
-    choices: list[int] | None
-    loss: HeldoutLoss | None
-    samples: list[Sample]
-    confusions: list[Confusion]
-    cut: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the per-row lists."""
-        return {
-            "rows": self.rows,
-            "accuracy": _as_dict(self.accuracy),
-            "choice_accuracy": _as_dict(self.choice_accuracy),
-            "loss": self.loss.loss if self.loss else None,
-            "perplexity": self.loss.perplexity if self.loss else None,
-            "tokens": self.loss.tokens if self.loss else None,
-            "samples": [asdict(sample) for sample in self.samples],
-            "confusions": [asdict(confusion) for confusion in self.confusions[:20]],
-            "cut_answers": self.cut,
-            "seconds": self.seconds,
-        }
 
 
 def evaluate(
@@ -107,10 +60,16 @@ def evaluate(
     complete  False ends an answer as soon as it can no longer match its reference: the same accuracy in
               less time. Samples are completed anyway; wrong answers are then not counted by what they say.
 
-    Plain text has no prompts; only its loss is taken. Raises DataError, naming the row.
+    Plain text has no prompts; only its loss is taken. Raises DataError, naming the row, and ConfigError if
+    complete is False with other metrics than exact_match.
     """
     if not rows:
         raise DataError("there are no rows to evaluate on; give a file with at least one")
+    if not complete and settings.metrics != ("exact_match",):
+        raise ConfigError(
+            f"answers cannot be broken off early where {', '.join(settings.metrics)} score them: "
+            "only exact_match knows when one is already wrong"
+        )
     began = time.monotonic()
     is_text = isinstance(interpret(rows[0], data, chat=bool(tokenizer.chat_template)), Document)
     answered = None
@@ -120,29 +79,42 @@ def evaluate(
         )
     elif not loss:
         raise DataError(f"{rows[0].source}: plain text has no answers to score; ask for its loss")
-    heldout = _loss(model, tokenizer, rows, data, progress) if loss else None
+    losses = _losses(model, tokenizer, rows, data, progress) if loss else [None] * len(rows)
+    known = [found for found in losses if found is not None]
+    scored = [
+        replace(row, loss=found.loss if found else None, tokens=found.tokens if found else 0)
+        for row, found in zip(answered.rows if answered else map(_unscored, rows), losses, strict=True)
+    ]
     return EvalResult(
         rows=len(rows),
-        accuracy=accuracy(answered.right) if answered else None,
+        metrics=answered.metrics if answered else {},
+        accuracy=accuracy(answered.right) if answered and answered.right is not None else None,
         choice_accuracy=answered.choice_accuracy if answered else None,
         right=answered.right if answered else None,
         choices=answered.choices if answered else None,
-        loss=heldout,
+        loss=total_loss(known) if loss else None,
         samples=answered.samples if answered else [],
         confusions=answered.confusions if answered else [],
-        cut=answered.cut if answered else 0,
+        table=answered.table if answered else None,
+        cut=sum(row.cut for row in scored),
+        dropped=len(losses) - len(known) if loss else 0,
+        row_scores=scored,
         seconds=time.monotonic() - began,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    right: list[bool]
+    """The parts of an EvalResult that come of answers; rows still without their losses."""
+
+    rows: list[RowScore]
+    metrics: dict[str, Estimate]
+    right: list[bool] | None
     choices: list[int] | None
     choice_accuracy: Accuracy | None
     samples: list[Sample]
     confusions: list[Confusion]
-    cut: int
+    table: ConfusionTable | None
 
 
 def _answer(
@@ -157,7 +129,11 @@ def _answer(
     casefold: bool,
     progress: StageProgress | None,
 ) -> _Answered:
+    metrics = metrics_of(settings, casefold)
     prompts, references = zip(*(prompt_only(row, tokenizer, data) for row in rows), strict=True)
+    for row, reference in zip(rows, references, strict=True):
+        for metric in metrics:
+            metric.check(reference, row.source)
     shown = {number * len(rows) // samples for number in range(samples)} if samples else set()
 
     def go_on(index: int, ids: list[int]) -> bool:
@@ -170,31 +146,79 @@ def _answer(
         sequences = answer_ids(labels, rows[0], tokenizer, data)
         trie = LabelTrie(sequences, next(model.parameters()).device)
     answers, chosen = _answer_all(model, prompts, stop_ids(model, tokenizer), settings, trie, go_on, progress)
-    texts = [decode(tokenizer, answers[index].ids) for index in range(len(rows))]
-    # An answer that the length limit cut off is not the reference, even where it looks like it so far.
-    right = [
-        answers[index].stopped and exact_match(texts[index], reference, casefold)
-        for index, reference in enumerate(references)
+    scored = [
+        _row_score(
+            row,
+            _question(row, data, tokenizer),
+            references[index],
+            answers[index],
+            decode(tokenizer, answers[index].ids),
+            metrics,
+            labels[chosen[index].label] if labels is not None else None,
+            settings.max_new_tokens,
+            casefold,
+        )
+        for index, row in enumerate(rows)
     ]
-    choices = [chosen[index].label for index in range(len(rows))] if labels is not None else None
-    names = [labels[choice] for choice in choices] if labels is not None and choices is not None else None
+    decisive = next((metric.name for metric in metrics if not metric.graded), None)
+    right = [row.scores[decisive] == 1 for row in scored] if decisive is not None else None
+    given = [row.choice for row in scored] if labels is not None else [_whole(row) for row in scored]
+    told = labels is not None or complete  # whether wrong answers are known by what they say
     return _Answered(
+        rows=scored,
+        metrics={metric.name: metric.mean([row.scores[metric.name] for row in scored]) for metric in metrics},
         right=right,
-        choices=choices,
-        choice_accuracy=_choice_accuracy(names, references, casefold),
-        samples=[
-            Sample(
-                prompt=_question(rows[index], data, tokenizer),
-                reference=references[index],
-                answer=texts[index],
-                right=right[index],
-                choice=names[index] if names else None,
-            )
-            for index in sorted(shown)
-        ],
-        confusions=_confusions(names, texts if complete else None, references, casefold),
-        cut=sum(not a.stopped and len(a.ids) >= settings.max_new_tokens for a in answers.values()),
+        choices=[chosen[index].label for index in range(len(rows))] if labels is not None else None,
+        choice_accuracy=accuracy(bool(row.choice_right) for row in scored) if labels is not None else None,
+        samples=[_sample(scored[index], right[index] if right else None) for index in sorted(shown)],
+        confusions=confusions([row.choice or row.answer or "" for row in scored], references, casefold)
+        if told
+        else [],
+        table=confusion_table(given, references, labels, casefold) if told else None,
     )
+
+
+def _row_score(
+    row: Row,
+    question: str,
+    reference: str,
+    answer: Answer,
+    text: str,
+    metrics: Sequence[Metric],
+    choice: str | None,
+    most: int,
+    casefold: bool,
+) -> RowScore:
+    # What the length limit cut off is not the whole answer, even where it looks like it so far.
+    scores = {
+        metric.name: float(metric.score(text, reference)) if answer.stopped or not metric.whole else 0.0
+        for metric in metrics
+    }
+    return RowScore(
+        source=row.source,
+        prompt=question,
+        reference=reference,
+        answer=text,
+        scores=scores,
+        cut=not answer.stopped and len(answer.ids) >= most,
+        choice=choice,
+        choice_right=exact_match(choice, reference, casefold) if choice is not None else None,
+        loss=None,
+        tokens=0,
+    )
+
+
+def _unscored(row: Row) -> RowScore:
+    """Of plain text."""
+    return RowScore(row.source, None, None, None, {}, False, None, None, None, 0)
+
+
+def _whole(row: RowScore) -> str | None:
+    return None if row.cut else row.answer
+
+
+def _sample(row: RowScore, right: bool | None) -> Sample:
+    return Sample(row.prompt or "", row.reference or "", row.answer or "", right, row.choice)
 
 
 def _answer_all(
@@ -226,40 +250,30 @@ def _answer_all(
     return answers, chosen
 
 
-def _loss(
+def _losses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     data: DataSettings,
     progress: StageProgress | None,
-) -> HeldoutLoss:
+) -> list[RowLoss | None]:
+    """The loss of each row; None for one that data.max_length drops."""
     examples = encode(rows, tokenizer, data).examples
     pad = tokenizer.pad_token_id
     report = (lambda done, total: progress("loss", done, total)) if progress is not None else None
-    return heldout_loss(model, examples, pad if pad is not None else 0, progress=report)
+    losses = example_losses(model, examples, pad if pad is not None else 0, progress=report)
+    found: list[RowLoss | None] = [None] * len(rows)
+    place = 0
+    # Examples come in the order of the rows; a document gives several.
+    for example, loss in zip(examples, losses, strict=True):
+        while rows[place].source != example.source:
+            place += 1
+        before = found[place]
+        found[place] = RowLoss(before.loss + loss.loss, before.tokens + loss.tokens) if before else loss
+    return found
 
 
 def _question(row: Row, data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> str:
     content = interpret(row, data, chat=bool(tokenizer.chat_template))
     assert not isinstance(content, Document)
     return content.messages[-2]["content"] if isinstance(content, Conversation) else content.prompt
-
-
-def _choice_accuracy(names: list[str] | None, references: Sequence[str], casefold: bool) -> Accuracy | None:
-    if names is None:
-        return None
-    pairs = zip(names, references, strict=True)
-    return accuracy(exact_match(name, reference, casefold) for name, reference in pairs)
-
-
-def _confusions(
-    names: list[str] | None, texts: list[str] | None, references: Sequence[str], casefold: bool
-) -> list[Confusion]:
-    answers = names if names is not None else texts
-    return confusions(answers, references, casefold) if answers is not None else []
-
-
-def _as_dict(value: Accuracy | None) -> dict[str, float | int] | None:
-    if value is None:
-        return None
-    return {name: getattr(value, name) for name in ("value", "low", "high", "right", "count")}

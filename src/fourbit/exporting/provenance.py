@@ -83,17 +83,17 @@ def make_step(
     return Step(kind, tuple(sources), settings, effect or {}, command or this_command(), versions())
 
 
-def write(folder: Path, steps: Sequence[Step]) -> Path:
-    """Write the chain into a folder, the newest step last."""
-    path = folder / FILE
+def write(place: Path, steps: Sequence[Step]) -> Path:
+    """Write the chain, the newest step last, into an artifact's folder, or beside its file."""
+    path = _record(place)
     text = json.dumps({"steps": [asdict(step) for step in steps]}, indent=2, default=str)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
-def read(folder: Path) -> list[Step]:
+def read(place: Path) -> list[Step]:
     """The chain of an artifact; empty where it has none. Raises ModelError for a damaged record."""
-    path = folder / FILE
+    path = _record(place)
     if not path.exists():
         return []
     try:
@@ -141,6 +141,10 @@ def this_command() -> str:
     name, *arguments = sys.argv
     called = "fourbit" if Path(name).name in ("fourbit", "__main__.py") else f"python {shlex.quote(name)}"
     return " ".join([called, *(shlex.quote(word) for word in arguments)])
+
+
+def _record(place: Path) -> Path:
+    return place.with_name(f"{place.name}.{FILE}") if place.is_file() else place / FILE
 
 
 @cache

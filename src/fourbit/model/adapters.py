@@ -78,14 +78,26 @@ def add_lora(
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str | os.PathLike[str], trainable: bool = False
+    model: PreTrainedModel | PeftModel,
+    folder: str | os.PathLike[str],
+    trainable: bool = False,
+    name: str = "default",
 ) -> PeftModel:
-    """Put a saved PEFT adapter on its base. Raises ModelError naming the folder when it does not fit."""
+    """Put a saved PEFT adapter on its base, under a name; on a model that has one, it stays off at first.
+
+    Raises ModelError naming the folder when it does not fit.
+    """
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
     try:
         with _fourbit_layers():
-            adapted = PeftModel.from_pretrained(model, os.fspath(folder), is_trainable=trainable)
+            if isinstance(model, PeftModel):
+                model.load_adapter(os.fspath(folder), name, is_trainable=trainable)
+                adapted = model
+            else:
+                adapted = PeftModel.from_pretrained(
+                    model, os.fspath(folder), adapter_name=name, is_trainable=trainable
+                )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder}: this adapter does not fit the model ({reason})") from error

@@ -90,11 +90,7 @@ def load(
     source = locate(os.fspath(path), revision)
     is_gguf = source.is_file()
     config = guard(source, partial(read_config, source, is_gguf, trust_remote_code))
-    tokenizer = (
-        gguf.read_tokenizer(source) if is_gguf else tokenizers.read_tokenizer(source, trust_remote_code)
-    )
-    tokenizers.ensure_pad_token(tokenizer)
-
+    tokenizer = _read_tokenizer(source, trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
     tensors, settings = _open(
@@ -112,9 +108,26 @@ def load(
     return model, tokenizer
 
 
+def load_tokenizer(
+    path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` gives with this model, without its weights. Raises ModelError."""
+    return _read_tokenizer(locate(os.fspath(path), revision), trust_remote_code)
+
+
 def load_report(model: nn.Module) -> LoadReport:
     """What `load` did to get this model, or the base below this adapter."""
     return cast(LoadReport, model.fourbit_report)
+
+
+def _read_tokenizer(source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    tokenizer = (
+        gguf.read_tokenizer(source)
+        if source.is_file()
+        else tokenizers.read_tokenizer(source, trust_remote_code)
+    )
+    tokenizers.ensure_pad_token(tokenizer)
+    return tokenizer
 
 
 def _open(

@@ -68,17 +68,26 @@ def causal_lm_loss(model: nn.Module, batch: HasLabels) -> tuple[Tensor, int]:
     model: a transformers causal LM or a PEFT model around one.
     Returns a fp32 scalar that can be differentiated, and a count. 0 labelled positions give (0, 0).
     """
-    decoder, head = split_model(model)
-    hidden = decoder(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    # Position t predicts token t + 1.
-    targets = batch.labels[:, 1:]
-    wanted = targets != IGNORED
+    head, hidden, targets, wanted = _predictions(model, batch)
     return head_loss(hidden[:, :-1][wanted], head, targets[wanted])
+
+
+def row_losses(model: nn.Module, batch: HasLabels) -> tuple[list[float], list[int]]:
+    """The same without gradients for each row of the batch: sums of losses, numbers of labelled positions."""
+    with torch.no_grad():
+        head, hidden, targets, wanted = _predictions(model, batch)
+        taken, labels = hidden[:, :-1][wanted], targets[wanted]
+        if labels.numel() == 0:
+            return [0.0] * wanted.shape[0], [0] * wanted.shape[0]
+        chunk = _chunk_rows(_vocabulary(head.module))
+        losses = [
+            F.cross_entropy(head.logits(part).float(), wished, reduction="none").double()
+            for part, wished in zip(taken.split(chunk), labels.split(chunk), strict=True)
+        ]
+        rows = wanted.nonzero()[:, 0]
+        sums = torch.zeros(wanted.shape[0], dtype=torch.float64, device=hidden.device)
+        sums.index_add_(0, rows, torch.cat(losses))
+    return sums.tolist(), wanted.sum(dim=1).tolist()
 
 
 def head_loss(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, int]:
@@ -108,6 +117,20 @@ def linear_cross_entropy(
         hidden, labels = hidden[keep], labels[keep]
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, scale, softcap)  # type: ignore[no-untyped-call]
     return total, labels.numel()
+
+
+def _predictions(model: nn.Module, batch: HasLabels) -> tuple[Head, Tensor, Tensor, Tensor]:
+    """Head, hidden states [B, T, H], what positions 0 to T - 2 predict, and which of them are labelled."""
+    decoder, head = split_model(model)
+    hidden = decoder(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    # Position t predicts token t + 1.
+    targets = batch.labels[:, 1:]
+    return head, hidden, targets, targets != IGNORED
 
 
 def split_model(model: nn.Module) -> tuple[nn.Module, Head]:

@@ -1,17 +1,20 @@
-"""Checkpoints: trained weights, optimizer states and counters, written aside and renamed into place.
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
 
 checkpoints/step-000100/adapter/              PEFT's format (or the whole model under full fine-tuning)
                         optimizer.safetensors  AdamW's moments, by parameter name
-                        state.json             counters
+                        state.json             counters, guard, settings, identity, SHA-256 of every file
 adapter/                                       the best so far by held-out loss, what a user keeps
+
+Each is written aside, synced and renamed (training.durable). A checkpoint is read only after its checksums
+have been compared, so a damaged one is found before it is used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,49 +25,88 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import TrainingError
+from fourbit.training import durable
 
-_KEEP = 2
 ADAPTER = "adapter"
+_FOLDER, _STATE, _OPTIMIZER = "checkpoints", "state.json", "optimizer.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+#: The whole model goes into one file, so that one rename replaces it.
+_ONE_FILE = 1 << 62
 
 
 @dataclass
 class Progress:
-    """Where a run is: what a checkpoint must know beside weights and optimizer."""
+    """Where a run is."""
 
     step: int = 0  # finished optimizer steps
     tokens: int = 0  # tokens seen, padding not counted
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    evaluated_step: int = 0  # the step after which the newest evaluation ran
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write a checkpoint of the run in `folder`; all but the newest two are removed."""
-    target = folder / "checkpoints" / f"step-{progress.step:06d}"
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_weights(model, partial / ADAPTER)
-    save_file(_optimizer_tensors(model, optimizer), str(partial / "optimizer.safetensors"))
-    (partial / "state.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    _replace(partial, target)
-    for old in sorted(_finished(folder))[:-_KEEP]:
-        shutil.rmtree(old)
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors.
+
+    guard          state of the loss guard
+    metrics_bytes  length of metrics.jsonl at the time
+    settings       sections model, lora, data and train of the run's settings
+    identity       what the run is made of (training.identity)
+    """
+
+    progress: Progress
+    guard: dict[str, Any]
+    metrics_bytes: int
+    settings: dict[str, Any]
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint whose checksums were right."""
+
+    path: Path
+    state: State
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, keep: int) -> Path:
+    """Write a checkpoint of the run in `folder`; of the older ones the newest `keep` - 1 stay.
+
+    Raises TrainingError when the disk refuses; the checkpoints before stay as they are.
+    """
+    target = folder / _FOLDER / f"step-{state.progress.step:06d}"
+    with durable.disk_errors(str(target)), durable.discard_on_error(target):
+        partial = durable.new_folder(target)
+        save_weights(model, partial / ADAPTER)
+        save_file(_optimizer_tensors(model, optimizer), str(partial / _OPTIMIZER))
+        content = {**asdict(state), "files": durable.checksums(partial)}
+        durable.write_text(partial / _STATE, json.dumps({"sha256": _digest(content), **content}, indent=2))
+        durable.settle(target)
+        for old in _by_step(folder)[:-keep]:
+            durable.remove(old)
     return target
 
 
 def save_best(folder: Path, model: nn.Module) -> None:
-    """Write the adapter a user keeps, replacing the one before."""
-    partial = folder / f"{ADAPTER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_weights(model, partial)
-    _replace(partial, folder / ADAPTER)
+    """Write the adapter a user keeps; a whole one is there at every moment. Raises TrainingError."""
+    target = folder / ADAPTER
+    with durable.disk_errors(str(target)), durable.discard_on_error(target):
+        partial = durable.new_folder(target)
+        save_weights(model, partial)
+        # The one file of weights says everything; the others are the same throughout a run.
+        durable.settle_files(target, last=next(partial.glob("*.safetensors")).name)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
     """The adapter in PEFT's format, or the whole model where there is no adapter."""
-    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    options: dict[str, Any] = (
+        {"save_embedding_layers": False} if isinstance(model, PeftModel) else {"max_shard_size": _ONE_FILE}
+    )
     model.save_pretrained(str(folder), **options)  # type: ignore[operator]
+    if isinstance(model, PeftModel):
+        _sort_sets(model, folder / _ADAPTER_CONFIG)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -76,42 +118,96 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         model.load_state_dict(load_file(str(file)), strict=False)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest finished checkpoint of a run, or None."""
-    return max(_finished(folder), default=None)
+def exists(folder: Path) -> bool:
+    """Whether a run has a checkpoint, whole or damaged."""
+    return bool(_by_step(folder))
 
 
-def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Load weights, moments and counters; raises TrainingError when they do not fit the run."""
+def newest(folder: Path, note: Callable[[str], None]) -> Saved | None:
+    """The newest checkpoint of a run that is whole, or None where there is none at all.
+
+    Clears up after a crash first. Each damaged checkpoint that is passed over is reported to `note` in one
+    line. Raises TrainingError when all are damaged.
+    """
+    for path in (
+        folder / ADAPTER,
+        *(folder / _FOLDER / name for name in durable.settled_names(folder / _FOLDER)),
+    ):
+        durable.recover(path)
+    found = _by_step(folder)
+    for path in reversed(found):
+        try:
+            return Saved(path, _read_state(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            note(f"{path}: damaged ({error}); looking for the checkpoint before it")
+    if found:
+        raise TrainingError(
+            f"{folder}: all {len(found)} checkpoints are damaged; restore one from a backup, "
+            "or start anew with --overwrite"
+        )
+    return None
+
+
+def recorded_compute_dtype(folder: Path) -> str | None:
+    """The compute dtype of a run, from its newest checkpoint that can be read."""
+    for path in reversed(_by_step(folder)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((path / _STATE).read_text(encoding="utf-8"))["identity"]["compute_dtype"])
+    return None
+
+
+def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights and moments; raises TrainingError when they do not fit the model."""
     try:
-        load_weights(checkpoint / ADAPTER, model)
-        moments = load_file(str(checkpoint / "optimizer.safetensors"))
+        load_weights(saved.path / ADAPTER, model)
+        moments = load_file(str(saved.path / _OPTIMIZER))
         for name, parameter in _trainable(model):
             state = {
-                key.removeprefix(f"{name}/"): value
+                key.removeprefix(f"{name}/"): value.to(parameter.device)
                 for key, value in moments.items()
                 if key.startswith(f"{name}/")
             }
+            if not state:  # no step has been applied to it yet
+                continue
             if state["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"'{name}' has another shape")
             optimizer.state[parameter] = state
-        return read_progress(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise TrainingError(
-            f"{checkpoint}: cannot be resumed from ({error}); were the settings changed?"
-        ) from error
+        raise TrainingError(f"{saved.path}: does not fit the model ({error})") from error
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """The counters of a checkpoint."""
-    return Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+def _read_state(path: Path) -> State:
+    """Raises ValueError, naming the file, where a checksum is wrong."""
+    content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    if content.pop("sha256", None) != _digest(content):
+        raise ValueError(f"{_STATE}: the checksum is wrong")
+    found = durable.checksums(path)
+    for name, checksum in content.pop("files").items():
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if found[name] != checksum:
+            raise ValueError(f"{name}: the checksum is wrong")
+    return State(**{**content, "progress": Progress(**content["progress"])})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sort_sets(model: PeftModel, path: Path) -> None:
+    """Write what PEFT keeps as a set in order: its own order changes from process to process."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in vars(model.peft_config[model.active_adapter]).items():
+        if isinstance(value, set) and isinstance(stored.get(key), list):
+            stored[key] = sorted(stored[key])
+    path.write_text(json.dumps(stored, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value.contiguous()
         for name, parameter in _trainable(model)
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
@@ -119,15 +215,7 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _finished(folder: Path) -> list[Path]:
-    return [path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial"]
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Rename into place; a rename over a full folder needs the old one out of the way first."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
+def _by_step(folder: Path) -> list[Path]:
+    """Finished checkpoints, the oldest first."""
+    found = [path for path in (folder / _FOLDER).glob("step-*") if durable.is_settled(path)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from statistics import median
+from typing import Any
 
 from fourbit.errors import TrainingError
 
@@ -15,9 +16,15 @@ _HISTORY, _SPIKE, _SPIKE_AT_LEAST = 20, 3.0, 1.0  # steps, factor, nats
 class Guard:
     """One verdict per optimizer step."""
 
-    def __init__(self) -> None:
-        self._bad = 0
-        self._losses: deque[float] = deque(maxlen=_HISTORY)
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        """`state`: of the guard to go on from, or None for a fresh run."""
+        state = state or {"bad": 0, "losses": []}
+        self._bad: int = state["bad"]
+        self._losses: deque[float] = deque(state["losses"], maxlen=_HISTORY)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: non-finite steps in a row, and the last losses."""
+        return {"bad": self._bad, "losses": list(self._losses)}
 
     def check(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> tuple[bool, str | None]:
         """(whether to apply the step, a warning or None); rows are `file:line` of the step's rows.

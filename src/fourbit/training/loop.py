@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,8 +33,10 @@ from fourbit.nn.loss import causal_lm_loss
 from fourbit.nn.packing import check_packing
 from fourbit.training import checkpoint
 from fourbit.training.guard import Guard
+from fourbit.training.identity import Record
 from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine, StepView
+from fourbit.training.repeatable import repeatable, seed_micro_batch
 from fourbit.training.schedule import learning_rate
 
 
@@ -80,9 +83,16 @@ def checkpoint_activations(base: PreTrainedModel) -> None:
 
 
 def run_loop(
-    work: Work, metrics: MetricsWriter, line: ProgressLine, resume_from: Path | None = None
+    work: Work,
+    metrics: MetricsWriter,
+    line: ProgressLine,
+    record: Record,
+    resume_from: checkpoint.Saved | None = None,
 ) -> Outcome:
-    """Train to the end, a plateau, or an interrupt; leaves checkpoints and the best adapter in the folder."""
+    """Train to the end, a plateau, or an interrupt; leaves checkpoints and the best adapter in the folder.
+
+    record  what checkpoints say of the run's settings and of what it is made of
+    """
     settings, model = work.settings, work.model
     total = steps_in_run(len(work.train), settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -93,20 +103,36 @@ def run_loop(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    progress = checkpoint.restore(resume_from, model, optimizer) if resume_from else checkpoint.Progress()
+    progress, guard = checkpoint.Progress(), Guard()
+    if resume_from is not None:
+        checkpoint.restore(resume_from, model, optimizer)
+        progress, guard = resume_from.state.progress, Guard(resume_from.state.guard)
     first_step, first_tokens = progress.step, progress.tokens
     if settings.packing is not None:
         check_packing(model, work.pad_id, work.device)
-    guard, stopped = Guard(), "done"
+
+    def save() -> None:
+        # Metrics first: a checkpoint on the disk must find there all lines that came before it.
+        size = metrics.sync()
+        state = checkpoint.State(progress, guard.state(), size, record.settings, record.identity)
+        checkpoint.save(work.folder, model, optimizer, state, settings.keep_checkpoints)
+
     _train_mode(model)
     began = time.monotonic()
-    with _interrupt_flag() as interrupted:
-        for step, rows in _steps(work, first_step, total):
+    with _interrupt_flag() as interrupted, repeatable(work.device, settings.deterministic):
+        if _is_evaluation_due(progress, settings, total):  # an interrupt came before it
+            _evaluate(work, progress, metrics, line)
+            save()
+        stopped = "early" if _is_plateau(progress, settings, total) else "done"
+        for step, rows in _steps(work, first_step, total) if stopped == "done" else ():
             rate = learning_rate(step, total, work.learning_rate, settings.warmup_ratio, settings.schedule)
             step_began = time.monotonic()
-            loss, grad_norm, tokens, warning = _optimizer_step(
-                work, optimizer, parameters, guard, step, rows, rate
-            )
+            taken = _optimizer_step(work, optimizer, parameters, guard, step, rows, rate, interrupted)
+            if taken is None:
+                save()
+                stopped = "interrupted"
+                break
+            loss, grad_norm, tokens, warning = taken
             progress.step, progress.tokens = step + 1, progress.tokens + tokens
             if warning is not None:
                 line.note(warning)
@@ -131,23 +157,32 @@ def run_loop(
                     "peak_bytes": view.peak_bytes,
                 },
             )
-            if interrupted():
-                checkpoint.save(work.folder, model, optimizer, progress)
-                stopped = "interrupted"
-                break
-            if progress.step % settings.eval_every == 0 or progress.step == total:
+            due = _is_evaluation_due(progress, settings, total)
+            stop = interrupted()
+            if due and not stop:
                 _evaluate(work, progress, metrics, line)
-                checkpoint.save(work.folder, model, optimizer, progress)
-                patience = settings.early_stop_patience
-                if (
-                    patience is not None
-                    and progress.evaluations_since_best >= patience
-                    and progress.step < total
-                ):
+            if due or stop:
+                save()
+            if due and not stop:
+                if _is_plateau(progress, settings, total):
                     stopped = "early"
                     break
-    seconds = time.monotonic() - began
-    return Outcome(progress, stopped, seconds, (progress.tokens - first_tokens) / seconds)
+                stop = interrupted() and progress.step < total
+            if stop:
+                stopped = "interrupted"
+                break
+    seconds = metrics.seconds_before + time.monotonic() - began
+    return Outcome(progress, stopped, seconds, progress.tokens / seconds)
+
+
+def _is_evaluation_due(progress: checkpoint.Progress, settings: TrainSettings, total: int) -> bool:
+    step = progress.step
+    return progress.evaluated_step < step and (step % settings.eval_every == 0 or step == total)
+
+
+def _is_plateau(progress: checkpoint.Progress, settings: TrainSettings, total: int) -> bool:
+    patience = settings.early_stop_patience
+    return patience is not None and progress.evaluations_since_best >= patience and progress.step < total
 
 
 def _steps(work: Work, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
@@ -172,13 +207,22 @@ def _optimizer_step(
     step: int,
     rows: list[int],
     rate: float,
-) -> tuple[float, float, int, str | None]:
-    """(mean loss per labelled token, gradient norm before clipping, tokens seen, warning or None)."""
+    interrupted: Callable[[], bool],
+) -> tuple[float, float, int, str | None] | None:
+    """(mean loss per labelled token, gradient norm before clipping, tokens seen, warning or None).
+
+    None after an interrupt between two micro-batches: the step is given up and has changed nothing, since
+    who sends SIGTERM may not wait for the end of a long step.
+    """
     # Position 0 predicts nothing before it, so a label there carries no loss.
     labelled = max(1, sum(sum(work.train[row].trained[1:]) for row in rows))
     keys = key_source(work.model)
     loss = 0.0
-    for batch in _micro_batches(work, rows):
+    for index, batch in enumerate(_micro_batches(work, rows)):
+        if index > 0 and interrupted():
+            optimizer.zero_grad(set_to_none=True)
+            return None
+        seed_micro_batch(work.settings.seed, step, index)
         if keys is not None:
             keys.set(work.settings.seed, step, batch.rows, batch.position_ids)
         with _autocast(work):
@@ -210,6 +254,7 @@ def _micro_batches(work: Work, rows: list[int]) -> Iterator[Batch]:
 
 def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter, line: ProgressLine) -> None:
     """Held-out loss; keeps the adapter when it is the best so far. Without held-out rows the last is kept."""
+    progress.evaluated_step = progress.step
     if not work.heldout:
         checkpoint.save_best(work.folder, work.model)
         progress.best_step = progress.step
@@ -252,7 +297,7 @@ def _autocast(work: Work) -> AbstractContextManager[object]:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C sets a flag that the loop reads after its step; a second one interrupts at once."""
+    """The first Ctrl-C or SIGTERM sets a flag that the loop reads; a second one stops at once."""
     raised = False
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -261,12 +306,12 @@ def _interrupt_flag() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         raised = True
 
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: signals are not ours to catch
+    if threading.current_thread() is not threading.main_thread():  # signals are not ours to catch
         yield lambda: False
         return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: raised
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -3,13 +3,13 @@
 config.yaml      the resolved settings        summary.json   what came out, in one place
 metrics.jsonl    what the settings determine  timing.jsonl   what the clock says
 checkpoints/     for resuming                 adapter/       the best, in PEFT's format
+provenance.json  what it is made from, here and in adapter/
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourbit.config import (
-    DataSettings,
-    RunConfig,
-    TrainSettings,
-    dump_config,
-    learning_rate_for,
-    load_config,
-    resolve,
-)
+from fourbit.config import DataSettings, RunConfig, TrainSettings, dump_config, learning_rate_for, resolve
 from fourbit.data.encode import Encoded
 from fourbit.data.gate import prepare
 from fourbit.data.read import read_rows
@@ -38,10 +30,13 @@ from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
 from fourbit.nn.attention import use_short_attention
-from fourbit.training import checkpoint
+from fourbit.training import checkpoint, durable, identity
+from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
-from fourbit.training.metrics import MetricsWriter, truncate_after
+from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine
+from fourbit.training.record import describe_sources, held_as, write_record
+from fourbit.training.run_folder import check_folder, prepare_folder, with_measured_dtype
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def train(
     Raises ConfigError, DataError or TrainingError in one line.
     """
     tree: dict[str, Any] = {
-        "model": {"path": _name_of(model)},
+        "model": {"path": _name_of(model), **held_as(model)},
         "data": {},
         "train": {},
         "output": os.fspath(output),
@@ -97,8 +92,12 @@ def train(
 
 def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say."""
-    _check_folder(Path(config.output), resume, overwrite)
+    folder = Path(config.output)
+    check_folder(folder, resume, overwrite)
+    check_free(folder)
     _check_data(config)
+    if resume:
+        config = with_measured_dtype(folder, config)
     model, tokenizer = prepare_model(config, console)
     return fit(model, tokenizer, config, console, resume, overwrite)
 
@@ -188,15 +187,43 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
-    """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best."""
+    """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best.
+
+    No other process can write the run folder meanwhile, and what is written is its owner's alone.
+    """
     folder = Path(config.output)
-    _check_folder(folder, resume, overwrite)
+    check_folder(folder, resume, overwrite)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing in this model is trainable; attach an adapter with fourbit.add_lora first")
+    with hold(folder):
+        return _fit_locked(model, tokenizer, config, console, resume, overwrite)
+
+
+def _fit_locked(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    console: Console,
+    resume: bool,
+    overwrite: bool,
+) -> RunResult:
+    folder = Path(config.output)
+    check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
     _, examples, heldout = prepare_data(config, tokenizer, console)
-    resume_from = _prepare_folder(folder, config, resume, overwrite)
     work = _work(model, tokenizer, config, examples, heldout)
     total = steps_in_run(len(examples), config.train)
+    with console.status("reading what the run is made of"):
+        record = identity.describe(
+            config,
+            model,
+            examples,
+            heldout,
+            peak_rate=work.learning_rate,
+            steps=total,
+            autocast_dtype=work.autocast_dtype,
+        )
+    resume_from = prepare_folder(folder, config, record, console, resume, overwrite)
+    sources = describe_sources(_name_of(model), config.data, console)
     console.print(
         f"{len(examples):,} rows to train on, {len(heldout):,} held out; {total:,} steps of "
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
@@ -207,11 +234,11 @@ def fit(
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
     release_free_memory()
-    metrics = MetricsWriter(folder, config.train.tensorboard)
-    done = checkpoint.Progress() if resume_from is None else checkpoint.read_progress(resume_from)
+    done = 0 if resume_from is None else resume_from.state.progress.step
+    metrics = MetricsWriter(folder, config.train.tensorboard, done)
     try:
-        with ProgressLine(console, total, done.step) as line:
-            outcome = run_loop(work, metrics, line, resume_from)
+        with ProgressLine(console, total, done) as line:
+            outcome = run_loop(work, metrics, line, record, resume_from)
     finally:
         metrics.close()
     if 0 < outcome.progress.best_step < outcome.progress.step and outcome.stopped != "interrupted":
@@ -222,7 +249,9 @@ def fit(
         # A whole model is loaded with its tokenizer.
         tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
     summary = _summary(model, work, outcome)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with durable.disk_errors(str(folder / "summary.json")):
+        durable.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_record([folder, folder / checkpoint.ADAPTER], config, sources, summary)
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
 
 
@@ -264,57 +293,6 @@ def _check_data(config: RunConfig) -> None:
     The rows are read again when they are needed, not kept beside the model.
     """
     read_rows([*config.data.train, *config.data.heldout], config.data)
-
-
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is a file; name another run folder with --output")
-    if (folder / "metrics.jsonl").exists() and not resume and not overwrite:
-        raise ConfigError(
-            f"{folder}: holds a run already; --resume goes on with it, --overwrite starts anew, "
-            "--output names another"
-        )
-    if resume and checkpoint.newest(folder) is None:
-        raise ConfigError(f"{folder}: no checkpoint to resume from")
-
-
-def _prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
-    """Make the folder ready; returns the checkpoint to resume from, or None for a fresh start."""
-    newest = checkpoint.newest(folder) if resume else None
-    if overwrite and folder.exists():
-        for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "timing.jsonl", "summary.json"):
-            (folder / name).unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot be made ({error.strerror}); name another run folder with --output"
-        ) from None
-    if newest is not None:
-        stored = load_config(folder / "config.yaml")
-        changed = _differences(stored, config)
-        if changed:
-            raise ConfigError(
-                f"{folder}: cannot resume, {changed[0]} differs from the run's; "
-                "restore it, or start a new run"
-            )
-        truncate_after(folder, checkpoint.read_progress(newest).step)
-        return newest
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    return None
-
-
-def _differences(stored: RunConfig, config: RunConfig) -> list[str]:
-    old, new = stored.model_dump(), config.model_dump()
-    changed = []
-    for section in ("model", "lora", "data", "train"):
-        if old[section] is None or new[section] is None:
-            changed += [section] if old[section] != new[section] else []
-            continue
-        changed += [f"{section}.{key}" for key in new[section] if old[section][key] != new[section][key]]
-    return [key for key in changed if key != "train.tensorboard"]
 
 
 def _summary(model: PreTrainedModel | PeftModel, work: Work, outcome: Outcome) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.errors import ModelError
+from fourbit.model.formats import pretokenizers
 from fourbit.model.formats.lazy import LazyTensor
 
 
@@ -28,8 +29,27 @@ def read_config(file: Path) -> PretrainedConfig:
 
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer and its chat template from the file's metadata."""
-    return _guard(file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name))
+    """The tokenizer and its chat template from the file's metadata.
+
+    transformers knows only some of the ways to split text that a file can name, and splits as GPT-2 does
+    otherwise; here the file's own is set. Raises ModelError for a way that is not known.
+    """
+    tokenizer: Any = _guard(
+        file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    )
+    reader = _open(file)
+    if _text(reader, "tokenizer.ggml.model") != "gpt2":
+        return tokenizer
+    name = _text(reader, "tokenizer.ggml.pre")
+    split = pretokenizers.by_name(name)
+    if split is None:
+        raise ModelError(
+            f"{file}: its tokenizer splits text as '{name}', which is not known here; "
+            "give the original model folder"
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = pretokenizers.build(split)
+    tokenizer.backend_tokenizer.model.ignore_merges = split.ignore_merges
+    return tokenizer
 
 
 def read_metadata(file: Path, key: str) -> str | None:
@@ -46,16 +66,14 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
     skeleton: the model on the meta device; its parameter names decide the mapping.
     Raises ModelError for a damaged file, an unknown architecture, or a tensor without a place.
     """
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
         get_gguf_hf_weights_map,
     )
 
-    reader = _guard(file, lambda: GGUFReader(str(file)))
-    field = reader.get_field("general.architecture")
-    architecture = str(field.contents()) if field is not None else "unknown"
+    reader = _open(file)
+    architecture = _text(reader, "general.architecture") or "unknown"
     processor_class: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = processor_class(config=skeleton.config.to_dict())
     names = _guard(file, lambda: get_gguf_hf_weights_map(skeleton, processor))
@@ -70,6 +88,17 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
         shape = tuple(skeleton.get_parameter(name).shape)
         tensors[name] = LazyTensor(_reader(file, entry, processor), torch.float32, shape)
     return tensors
+
+
+def _open(file: Path) -> Any:
+    from gguf import GGUFReader
+
+    return _guard(file, lambda: GGUFReader(str(file)))
+
+
+def _text(reader: Any, key: str) -> str:
+    field = reader.get_field(key)
+    return str(field.contents()) if field is not None else ""
 
 
 def _reader(file: Path, entry: Any, processor: Any) -> Callable[[], Tensor]:

@@ -65,13 +65,16 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
     except FileNotFoundError:
         raise ModelError(f"{file}: missing, though the index names it; download it again") from None
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: truncated or damaged ({error}); download it again") from None
+        raise _damaged(file, error) from None
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             # Opened anew: the pages that a read maps stay resident as long as its handle or its tensor.
-            with safe_open(str(file), framework="pt") as own:
-                return own.get_tensor(name)
+            try:
+                with safe_open(str(file), framework="pt") as own:
+                    return own.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise _damaged(file, error) from None
 
         return read
 
@@ -83,3 +86,7 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
             raise ModelError(f"{file}: tensor '{name}' has dtype {stored}, which cannot be read")
         tensors[name] = LazyTensor(reader(name), _DTYPES[stored], tuple(entry.get_shape()))
     return tensors
+
+
+def _damaged(file: Path, error: Exception) -> ModelError:
+    return ModelError(f"{file}: truncated or damaged ({error}); download it again")

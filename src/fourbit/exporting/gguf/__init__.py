@@ -1,0 +1,4 @@
+"""GGUF files for llama.cpp and what builds on it: whole models, adapters alone, and reading them back.
+
+Nothing is imported here.
+"""
