@@ -208,6 +208,12 @@ class TrainSettings(_Settings):
     micro_batch: int = Field(
         default=4, ge=1, description="rows computed at once; changes memory and speed, not the result"
     )
+    packing: int | None = Field(
+        default=None,
+        ge=8,
+        description="lay rows end to end, up to so many tokens at once, instead of padding micro_batch "
+        "rows; they do not see each other, so the result is the same; null: pad",
+    )
     max_grad_norm: float = Field(default=0.3, gt=0, description="gradient clipping (QLoRA: 0.3)")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean")

@@ -24,7 +24,7 @@ FILES = {
     "cut.jsonl": ROW + ROW + '{"prompt": "a"\n' + ROW,
     "short.csv": "prompt,completion\na,b\nc\n",
     "answer.jsonl": ROW + '{"prompt": "a", "completion": ""}\n',
-    "columns.jsonl": '{"question": "a", "answer": "b"}\n',
+    "columns.jsonl": '{"topic": "a", "answer": "b"}\n',
     "chat.jsonl": CHAT,
     "tabs.yaml": "model:\n\tpath: model\n",
     "typo.yaml": "model:\n  path: model\n  quant_typ: nf4\ndata:\n  train: rows.jsonl\n",
@@ -101,13 +101,14 @@ CASES = [
     (
         TRAIN + "--data answer.jsonl",
         3,
-        "answer.jsonl:2: 'completion' is empty, so there is nothing to train on; fill it or remove the row",
+        "answer.jsonl:2: 'completion' is empty, so there is nothing to train on; fill it or remove the row "
+        "(`data.allow: [empty]` drops such rows)",
     ),
     (
         TRAIN + "--data columns.jsonl",
         3,
-        "columns.jsonl:1: cannot tell what to train on from the columns question, answer; name them "
-        "messages, prompt and completion, instruction and output, or text, "
+        "columns.jsonl:1: cannot tell what to train on from the columns topic, answer; name them "
+        "messages, prompt and completion, instruction and output, question and answer, or text, "
         "or set data.prompt and data.completion",
     ),
     (

@@ -29,14 +29,14 @@ class Batch:
     """B examples padded on the right to T tokens; every tensor is int64.
 
     input_ids       [B, T]
-    attention_mask  [B, T]  1 for tokens, 0 for padding
+    attention_mask  [B, T]  1 for tokens, 0 for padding; None in packed batches, whose positions part the rows
     labels          [B, T]  the token AT each position where it is trained, else -100; the loss shifts
     position_ids    [B, T]  0 to T - 1
-    rows            [B]     the examples' `row`
+    rows            [B]     the examples' `row`; [1, T] in packed batches
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     labels: Tensor
     position_ids: Tensor
     rows: Tensor
@@ -45,7 +45,7 @@ class Batch:
         """The same batch on another device."""
         return Batch(
             self.input_ids.to(device),
-            self.attention_mask.to(device),
+            None if self.attention_mask is None else self.attention_mask.to(device),
             self.labels.to(device),
             self.position_ids.to(device),
             self.rows.to(device),

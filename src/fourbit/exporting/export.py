@@ -246,7 +246,7 @@ def _calibration_rows(
     run: RunConfig | None, data: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[list[int]]:
     """Token ids of rows drawn by seed, held-out rows never among them."""
-    from fourbit.data.encode import encode, sample, split
+    from fourbit.data.encode import encode, sample, split_rows
     from fourbit.data.read import read_rows
 
     tokenizers.ensure_pad_token(tokenizer)
@@ -254,7 +254,7 @@ def _calibration_rows(
     examples = list(encode(read_rows(data or settings.train, settings), tokenizer, settings).examples)
     seed = run.train.seed if run is not None else 0
     if not data and not settings.heldout:
-        examples, _ = split(examples, settings.heldout_fraction, seed)
+        examples, _ = split_rows(examples, settings.heldout_fraction, seed)
     return [list(example.input_ids) for example in sample(examples, count, seed)]
 
 

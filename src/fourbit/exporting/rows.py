@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fourbit.config import RunConfig
-from fourbit.data.encode import encode, sample, split
+from fourbit.data.encode import encode, sample, split_rows
 from fourbit.data.read import read_rows
 from fourbit.data.render import Example
 from fourbit.errors import ConfigError
@@ -27,7 +27,7 @@ def heldout_examples(
         heldout = encode(read_rows(named, config.data), tokenizer, config.data).examples
     else:
         examples = encode(read_rows(config.data.train, config.data), tokenizer, config.data).examples
-        _, heldout = split(examples, config.data.heldout_fraction, config.train.seed)  # as in training
+        _, heldout = split_rows(examples, config.data.heldout_fraction, config.train.seed)  # as in training
     if not heldout:
         raise ConfigError("no rows were held out (data.heldout_fraction is 0); give --data FILE")
     return list(heldout) if count is None else sample(heldout, count, config.train.seed)

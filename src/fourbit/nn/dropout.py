@@ -35,8 +35,9 @@ class KeySource:
         self.current: TokenKeys | None = None
 
     def set(self, seed: int, step: int, rows: Tensor, position_ids: Tensor) -> None:
-        """rows int64 [B] and position_ids int64 [B, T] of the micro-batch about to run."""
-        spread = rows[:, None].expand_as(position_ids).reshape(-1).contiguous()
+        """rows int64 [B], or [B, T] where packed, and position_ids int64 [B, T] of the next micro-batch."""
+        by_token = rows if rows.ndim == 2 else rows[:, None].expand_as(position_ids)
+        spread = by_token.reshape(-1).contiguous()
         self.current = TokenKeys(seed, step, spread, position_ids.reshape(-1).contiguous())
 
     def clear(self) -> None:

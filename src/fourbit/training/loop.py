@@ -22,13 +22,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fourbit.config import TrainSettings
-from fourbit.data.batch import collate, effective_batches, micro_batches
+from fourbit.data.batch import Batch, collate, effective_batches, micro_batches
+from fourbit.data.pack import best_fit, collate_packed
 from fourbit.data.render import Example
 from fourbit.evaluate.heldout import heldout_loss
 from fourbit.memory.measure import peak_bytes
 from fourbit.model.adapters import key_source
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import causal_lm_loss
+from fourbit.nn.packing import check_packing
 from fourbit.training import checkpoint
 from fourbit.training.guard import Guard
 from fourbit.training.identity import Record
@@ -106,6 +108,8 @@ def run_loop(
         checkpoint.restore(resume_from, model, optimizer)
         progress, guard = resume_from.state.progress, Guard(resume_from.state.guard)
     first_step, first_tokens = progress.step, progress.tokens
+    if settings.packing is not None:
+        check_packing(model, work.pad_id, work.device)
 
     def save() -> None:
         # Metrics first: a checkpoint on the disk must find there all lines that came before it.
@@ -214,12 +218,11 @@ def _optimizer_step(
     labelled = max(1, sum(sum(work.train[row].trained[1:]) for row in rows))
     keys = key_source(work.model)
     loss = 0.0
-    for index, micro in enumerate(micro_batches(rows, work.train, work.settings.micro_batch)):
+    for index, batch in enumerate(_micro_batches(work, rows)):
         if index > 0 and interrupted():
             optimizer.zero_grad(set_to_none=True)
             return None
         seed_micro_batch(work.settings.seed, step, index)
-        batch = collate([work.train[row] for row in micro], work.pad_id).to(work.device)
         if keys is not None:
             keys.set(work.settings.seed, step, batch.rows, batch.position_ids)
         with _autocast(work):
@@ -236,6 +239,17 @@ def _optimizer_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm, sum(len(work.train[row].input_ids) for row in rows), warning
+
+
+def _micro_batches(work: Work, rows: list[int]) -> Iterator[Batch]:
+    """The rows of an optimizer step, packed or padded."""
+    capacity = work.settings.packing
+    if capacity is None:
+        for micro in micro_batches(rows, work.train, work.settings.micro_batch):
+            yield collate([work.train[row] for row in micro], work.pad_id).to(work.device)
+        return
+    for pack in best_fit([len(work.train[row].input_ids) for row in rows], capacity):
+        yield collate_packed([work.train[rows[i]] for i in pack], work.pad_id).to(work.device)
 
 
 def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter, line: ProgressLine) -> None:
