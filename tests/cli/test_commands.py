@@ -87,7 +87,7 @@ def test_json_is_all_there_is_on_standard_output(fourbit: Fourbit, here: Path) -
 
     code, out, _ = fourbit("eval", "run", "--data", "rows.jsonl", "--json")
     result = json.loads(out)
-    assert (code, list(result), result["adapter"]["rows"]) == (0, ["base", "adapter"], 16)
+    assert (code, list(result), result["adapter"]["rows"]) == (0, ["base", "adapter", "difference"], 16)
 
     code, out, error = fourbit("quantize", "model", "packed", "--json")
     result = json.loads(out)

@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         description="Score a model on rows it was not trained on: its answers by the metrics of eval.metrics "
         "(exact match unless set otherwise), loss and perplexity; base and adapter together, with 95 % "
         "intervals and what differs. Without --data, on the run's held-out rows.",
-        epilog="examples: fourbit eval runs/demo --data test.csv --labels-from-column category   |   "
+        epilog="example: fourbit eval runs/demo --data test.csv --labels-from-column category   |   "
         "fourbit eval runs/maths --data gsm8k.jsonl --set eval.metrics=[number]   |   "
         "fourbit eval runs/demo --data mmlu.jsonl --multiple-choice",
     )
