@@ -40,8 +40,6 @@ NO_END = "turns have no end, so eos is added, and each answer has its own text"
 #: file: what ends a turn, how turns are written, eos, other special tokens
 MODELS: dict[str, tuple[str, str, str, str]] = {
     "chatml_openhermes25": ("<|im_end|>", ONE, "<|im_end|>", ""),
-    "command_r7b_tiny_aya": ("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", ONE, "<|END_OF_TURN_TOKEN|>", ""),
-    "command_r_aya_expanse": ("<|END_OF_TURN_TOKEN|>", ONE, "<|END_OF_TURN_TOKEN|>", ""),
     "deepseek_coder": ("\n<|EOT|>", ONE, "<|EOT|>", ""),
     "deepseek_r1_distill": ("<｜end▁of▁sentence｜>", INSIDE, "<｜end▁of▁sentence｜>", ""),
     "deepseek_v2": ("<｜end▁of▁sentence｜>", ONE, "<｜end▁of▁sentence｜>", ""),
