@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(tmp_path: Path, run_folder: Path, model_folder: P
     (run_folder / "evaluation.json").unlink()
     model_folder.rename(tmp_path / "moved")
     write_report(run_folder)
-    with pytest.raises(ModelError, match="has no tokenizer"):
+    with pytest.raises(ModelError, match="no such model folder"):
         write_report(run_folder, with_text=True)
     (run_folder / "metrics.jsonl").write_text("{}\n[1]\n")
     with pytest.raises(TrainingError, match=r"metrics\.jsonl:2: not a line of metrics"):
