@@ -19,7 +19,7 @@ OLDEST := $(VENV)-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet
 # In two processes, whose threads sleep soon while they wait for one another (docs/log.md).
 PYTEST := -m pytest -n 2 $(PYTEST_ARGS)
-export GOMP_SPINCOUNT ?= 20000
+test test-all: export GOMP_SPINCOUNT ?= 20000
 SAY := @printf '\n== %s\n'
 
 PACKAGE := pyproject.toml CMakeLists.txt README.md LICENSE NOTICE \
