@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fourbit.config import load_config
 from fourbit.errors import ConfigError, ExportError, ModelError
 from fourbit.exporting import environment
 from fourbit.exporting.compressed import choose_group_size, linear_layers, quantize_for_serving
@@ -22,6 +23,7 @@ from fourbit.exporting.environment import (
     interpreter,
     make_environment,
 )
+from fourbit.exporting.readers import TorchReader, open_reader
 from tests.tiny import byte_tokenizer, llama, save_llama
 
 ROWS = [byte_tokenizer()(f"color {number}?" * 3)["input_ids"] for number in range(8)]
@@ -293,10 +295,10 @@ def test_the_list_of_packages_names_the_release_that_the_worker_is_for() -> None
 @pytest.mark.timeout(3000)
 def test_gptq_and_awq_by_llm_compressor_itself(tmp_path: Path) -> None:
     """Makes the environment from the package index, quantizes, and reads back with compressed-tensors."""
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
     made = make_environment(tmp_path / "environment")
     source = save_llama(tmp_path / "model", dtype=torch.float32, tied=False)
+    options = [f"model.path={source}", "model.compute_dtype=float32", "data.train=rows.jsonl"]
+    settings = load_config(None, options).model
     ids = torch.tensor([ROWS[0]])
     with torch.no_grad():
         before = llama(tied=False)(input_ids=ids).logits
@@ -307,11 +309,10 @@ def test_gptq_and_awq_by_llm_compressor_itself(tmp_path: Path) -> None:
         assert stored["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
         assert stored["lm_head.weight"].dtype == torch.float32
         assert ("model.layers.0.mlp.up_proj.weight_zero_point" in stored) is (method == "awq")
-        with pytest.warns(UserWarning, match="You passed `quantization_config`"):
-            model = AutoModelForCausalLM.from_pretrained(
-                str(tmp_path / method), quantization_config=CompressedTensorsConfig(dequantize=True)
-            )
+        reader = open_reader(tmp_path / method, settings)
+        assert isinstance(reader, TorchReader)
+        assert reader.tokenize(["color"]) == [byte_tokenizer()("color")["input_ids"]]
         with torch.no_grad():
-            after = model(input_ids=ids).logits
+            after = reader.model(input_ids=ids).logits
         error = (after - before).norm() / before.norm()
         assert 0.001 < error < 0.2
