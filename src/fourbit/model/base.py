@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fourbit.errors import FourBitError, ModelError
+from fourbit.limits import parse_json
+from fourbit.model import sizes
 from fourbit.model.formats import bnb, gguf, hf
 from fourbit.model.formats.lazy import LazyTensor
 from fourbit.model.quantizer import FourBitQuantizer, linear_names
@@ -55,14 +56,14 @@ def open_base(
     Raises ModelError for what cannot be read, is quantized otherwise, or lacks weights.
     """
     place = locate(os.fspath(path), revision)
-    config = guard(place, partial(read_config, place, place.is_file(), trust_remote_code))
+    config = read_config(place, place.is_file(), trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
     scheme = None
     if stored is not None:
         packed, scheme = bnb.convert_names(hf.open_folder(place), str(place))
         del config.quantization_config
-    skeleton = guard(place, partial(make_skeleton, config, trust_remote_code))
+    skeleton = make_skeleton(place, config, trust_remote_code)
     if scheme is not None:
         tensors = bnb.restored(packed, scheme, {name: tuple(p.shape) for name, p in _weights(skeleton)})
     else:
@@ -140,16 +141,31 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's configuration, from config.json or GGUF metadata."""
+    """The model's configuration, from config.json or GGUF metadata. Raises ModelError."""
     if is_gguf:
         return gguf.read_config(source)
-    return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    file = source / "config.json"
+    try:
+        written = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}); download it again") from None
+    if not isinstance(written, dict):
+        raise ModelError(f"{file}: not a model's configuration; download it again")
+    sizes.check_layers(file, written)
+    config: PretrainedConfig = guard(
+        file, lambda: AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    )
+    return config
 
 
-def make_skeleton(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+def make_skeleton(source: Path, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the meta device: names and shapes without memory. Raises ModelError."""
+
+    def build() -> Any:
+        with torch.device("meta"), sizes.modules_counted(source):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+    model: PreTrainedModel = guard(source, build)
     return model
 
 
@@ -159,8 +175,8 @@ def guard(source: Path, action: Any) -> Any:
         return action()
     except FourBitError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:240]
+    except Exception as error:  # a strange config makes transformers raise every class there is
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise ModelError(f"{source}: cannot be loaded ({reason})") from error
 
 

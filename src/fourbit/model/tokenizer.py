@@ -63,12 +63,14 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     Returns how many were added; raises ModelError when tokenizer and model cannot belong together.
     """
-    rows, needed = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, len(tokenizer)
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    # Of the ids, not the number of tokens: a vocabulary may have holes, or one token far beyond the others.
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
     if needed <= rows:
         return 0
     if needed - rows > 1024:
         raise ModelError(
-            f"the tokenizer has {needed} tokens and the model {rows} rows: they do not belong together"
+            f"the tokenizer has ids up to {needed - 1} and the model {rows} rows: they do not belong together"
         )
     model.resize_token_embeddings(needed, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

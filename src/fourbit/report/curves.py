@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from fourbit.errors import TrainingError
+from fourbit.limits import parse_json
 
 #: (finished optimizer steps, value), by step.
 Series = list[tuple[int, float]]
@@ -97,7 +97,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            found.append({"step": 0, **json.loads(line)})
+            found.append({"step": 0, **parse_json(line)})
         except (ValueError, TypeError):
             raise TrainingError(f"{path}:{number}: not a line of metrics; repair or remove it") from None
     return found

@@ -13,19 +13,25 @@ fourbit holds the same bytes as flat uint8 parameters `weight`, `weight_absmax`,
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fourbit.codebooks import codebook, dynamic_map
+from fourbit.config import BLOCK_SIZES
 from fourbit.errors import ModelError
+from fourbit.limits import parse_json
 from fourbit.model.formats.lazy import LazyTensor
 from fourbit.nn.linear import Linear4bit
 from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 _MARK = ".quant_state.bitsandbytes__"
+#: bitsandbytes writes some 150 bytes. Its versions differ in the last bit of the maps.
+_LONGEST_STATE, _MAP_ERROR = 1 << 16, 1e-6
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -50,7 +56,11 @@ def convert_names(tensors: dict[str, LazyTensor], where: str) -> tuple[dict[str,
 
     Raises ModelError when parts are missing or weights disagree in their scheme.
     """
-    states = {key.split(_MARK)[0]: key for key in tensors if _MARK in key}
+    states: dict[str, str] = {}
+    for key in tensors:
+        weight, found, _ = key.partition(_MARK)
+        if found and states.setdefault(weight, key) != key:
+            raise ModelError(f"{where}: '{weight}' has two quant_states")
     if not states:
         raise ModelError(
             f"{where}: announces bitsandbytes 4-bit weights but holds no quant_state; is it complete?"
@@ -62,7 +72,7 @@ def convert_names(tensors: dict[str, LazyTensor], where: str) -> tuple[dict[str,
     }
     schemes: dict[tuple[str, int, bool], str] = {}
     for weight, key in states.items():
-        state = _parse_state(tensors[key].read(), where, weight)
+        state = _parse_state(tensors[key], where, weight)
         nested = "nested_offset" in state
         schemes.setdefault((state["quant_type"], state["blocksize"], nested), weight)
         result |= _convert_one(tensors, weight, state, nested, where)
@@ -181,18 +191,24 @@ def _convert_one(
             raise ModelError(f"{where}: '{weight}{suffix}' is missing; is the checkpoint complete?") from None
 
     codes, absmax = part(""), part(".absmax")
+    _check_map(
+        tensors.get(f"{weight}.quant_map"), codebook(state["quant_type"]), where, f"{weight}.quant_map"
+    )
     result = {
         weight: LazyTensor(lambda: codes.read().reshape(-1).view(torch.uint8), torch.uint8),
         f"{weight}_absmax": LazyTensor(lambda: _scales(absmax.read(), nested), torch.uint8),
     }
     if nested:
         second = part(".nested_absmax")
-        if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
+        if state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
             raise ModelError(
-                f"{where}: '{weight}' has nested blocks of {state['nested_blocksize']}, "
+                f"{where}: '{weight}' has nested blocks of {state.get('nested_blocksize')}, "
                 f"not {NESTED_BLOCK_SIZE}"
             )
-        offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+        _check_map(
+            tensors.get(f"{weight}.nested_quant_map"), dynamic_map(), where, f"{weight}.nested_quant_map"
+        )
+        offset = torch.tensor([float(state["nested_offset"])], dtype=torch.float32)
         result[f"{weight}_consts"] = LazyTensor(
             lambda: torch.cat([second.read().to(torch.float32).reshape(-1), offset]).view(torch.uint8),
             torch.uint8,
@@ -205,13 +221,27 @@ def _scales(absmax: Tensor, nested: bool) -> Tensor:
     return flat if nested else flat.to(torch.float32).view(torch.uint8)
 
 
-def _parse_state(raw: Tensor, where: str, weight: str) -> dict[str, Any]:
+def _parse_state(stored: LazyTensor, where: str, weight: str) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(raw.tolist()).decode("utf-8"))
-        if state["quant_type"] not in ("nf4", "fp4") or not isinstance(state["blocksize"], int):
+        if stored.dtype != torch.uint8 or prod(stored.shape or ()) > _LONGEST_STATE:
+            raise ValueError(f"{list(stored.shape or ())} of {stored.dtype} is no text of its length")
+        state = dict(parse_json(bytes(stored.read().tolist())))
+        block_size = state["blocksize"]
+        if state["quant_type"] not in ("nf4", "fp4") or str(block_size) not in map(str, BLOCK_SIZES):
             raise ValueError("unknown quant_type or blocksize")
         if state["dtype"] not in _DTYPES or not all(isinstance(n, int) and n > 0 for n in state["shape"]):
             raise ValueError("unknown dtype or shape")
-    except (ValueError, KeyError, TypeError) as error:
+        if "nested_offset" in state and not abs(float(state["nested_offset"])) < math.inf:
+            raise ValueError("nested_offset is not a number")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ModelError(f"{where}: the quant_state of '{weight}' is malformed ({error})") from None
-    return dict(state)
+    return state
+
+
+def _check_map(stored: LazyTensor | None, expected: Tensor, where: str, name: str) -> None:
+    """Raise ModelError for codes that stand for other values than those of their type."""
+    if stored is None:
+        return
+    same = stored.shape == tuple(expected.shape)
+    if not same or not torch.allclose(stored.read().to(torch.float32), expected, rtol=0, atol=_MAP_ERROR):
+        raise ModelError(f"{where}: '{name}' is not the map of its type; such codes cannot be read")
