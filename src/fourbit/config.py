@@ -25,7 +25,8 @@ from pydantic import (
 
 from fourbit.errors import ConfigError, nearest
 
-_LARGEST_CONFIG = 1 << 20
+#: A config file has a few kilobytes; YAML is read slowly.
+_LARGEST_CONFIG = 1 << 18
 _brief = Repr()
 _brief.maxstring = _brief.maxother = 200
 

@@ -24,8 +24,8 @@ class FourBitError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        shown = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown))
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[: _LONGEST + 1])
+        super().__init__(shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}...")
 
 
 class ConfigError(FourBitError, ValueError):

@@ -94,10 +94,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise TrainingError(
             f"{path}: cannot be read ({error.strerror}); give the folder of a run that has trained a step"
         ) from None
+    except UnicodeDecodeError:
+        raise TrainingError(f"{path}: not text; restore it from a backup") from None
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            found.append({"step": 0, **parse_json(line)})
+            values = {"step": 0, **parse_json(line)}
+            if any(not isinstance(value, int | float) for value in values.values()):
+                raise ValueError("not a number")
+            found.append(values)
         except (ValueError, TypeError):
             raise TrainingError(f"{path}:{number}: not a line of metrics; repair or remove it") from None
     return found
