@@ -1,5 +1,5 @@
-// What one instruction set provides: the inner kernels of codec_*.cpp, linear_*.cpp and dropout_*.cpp.
-// The files codec.cpp, linear.cpp and dropout.cpp split the work, handle the ends that do not fill a
+// What one instruction set provides: the inner kernels of codec_*.cpp, linear_*.cpp, dropout_*.cpp
+// and elementwise_*.cpp. The files codec.cpp, linear.cpp, dropout.cpp and elementwise.cpp split the work, handle the ends that do not fill a
 // block, and call through `kernels()`.
 #pragma once
 
@@ -40,6 +40,33 @@ struct DropoutRow {
     float scale;
 };
 
+// One row of RMS norm: x, y [K]. Forward writes y = x s w and s = 1 / sqrt(mean(x^2) + eps); backward reads s
+// and grad, and writes the gradient in x to y.
+struct NormRow {
+    const void* x;
+    const void* grad;
+    const float* weight;  // [K]
+    void* y;
+    float* scale;  // [1]
+    int dtype;
+    int64_t K;
+    float eps;
+};
+
+enum Activation : int { SILU = 0, GELU_TANH = 1 };
+
+// A run of out = activation(gate) * up. The gradients may be written over gate and up.
+struct GatedRun {
+    const void* gate;
+    const void* up;
+    const void* grad;
+    void* out;
+    void* grad_gate;
+    void* grad_up;
+    int dtype, kind;
+    int64_t n;
+};
+
 // The kernels of one instruction set, in a namespace of its name.
 //
 // quantize       whole blocks only; block_size is a multiple of 32
@@ -61,6 +88,10 @@ struct DropoutRow {
     void linear(const LinearRows& rows);                                                              \
     float dot(const float* a, const float* b, int64_t n);                                             \
     void dropout(const DropoutRow& row);                                                              \
+    void rms_norm(const NormRow& row);                                                                \
+    void rms_norm_grad(const NormRow& row);                                                           \
+    void gated(const GatedRun& run);                                                                  \
+    void gated_grad(const GatedRun& run);                                                             \
     }
 
 FB_KERNELS(scalar)
@@ -79,6 +110,10 @@ struct Kernels {
     decltype(scalar::linear)* linear;
     decltype(scalar::dot)* dot;
     decltype(scalar::dropout)* dropout;
+    decltype(scalar::rms_norm)* rms_norm;
+    decltype(scalar::rms_norm_grad)* rms_norm_grad;
+    decltype(scalar::gated)* gated;
+    decltype(scalar::gated_grad)* gated_grad;
 };
 
 // The instruction set in use.

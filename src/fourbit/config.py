@@ -95,6 +95,10 @@ class ModelSettings(_Settings):
         description="dtype of matrix products; auto measures which of bfloat16 and float32 is faster",
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
+    fused: bool = Field(
+        default=True,
+        description="train with norms and gated MLPs as single passes; false: the model's own code",
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The codec in plain torch: the definition that every kernel is tested against.
+"""Codec, dropout, norm and gate in plain torch: the definitions that every kernel is tested against.
 
 Quantizing (QLoRA, arXiv:2305.14314, section 3). The tensor is flattened and cut into blocks of
 `block_size` values; for a block w in fp32
@@ -194,3 +194,39 @@ def philox(counter: list[Tensor], key: Tensor) -> list[Tensor]:
         c2, c3 = (first >> 32) & _LOW32 ^ c3 ^ k1, first & _LOW32
         k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
     return [c0, c1, c2, c3]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square norm (arXiv:1910.07467, eq. 4) of x [T, K] with weight fp32 [K].
+
+    Returns x s weight, fp32 rounded once to x's dtype, and s = 1 / sqrt(mean(x^2) + eps), fp32 [T].
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1) + eps)
+    return (wide * scale[:, None] * weight).to(x.dtype), scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Its gradient in x: s (g w - x s^2 mean(g w x)), in x's dtype."""
+    wide, weighted = x.float(), grad.float() * weight
+    along = (weighted * wide).mean(dim=-1, keepdim=True) * scale[:, None] ** 2
+    return (scale[:, None] * (weighted - along * wide)).to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """activation(gate) * up (arXiv:2002.05202), fp32 rounded once; kind 0 is SiLU, 1 GELU by tanh."""
+    return (_activation(gate.float(), kind) * up.float()).to(gate.dtype)
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """Its gradients in gate and up, each rounded once."""
+    with torch.enable_grad():
+        wide_gate = gate.detach().float().requires_grad_()
+        wide_up = up.detach().float().requires_grad_()
+        out = _activation(wide_gate, kind) * wide_up
+        grads = torch.autograd.grad(out, [wide_gate, wide_up], grad.float())
+    return grads[0].to(gate.dtype), grads[1].to(up.dtype)
+
+
+def _activation(x: Tensor, kind: int) -> Tensor:
+    return F.silu(x) if kind == 0 else F.gelu(x, approximate="tanh")

@@ -6,15 +6,15 @@ use; after torch, so that both share one OpenMP runtime. FOURBIT_ISA picks an in
 than the best this machine has.
 
 The functions take CPU tensors whose sizes and dtypes the operators have checked, and release the
-interpreter lock. They give the same bytes as `fourbit.reference`, the few-row product excepted, whose
-order of summation is its own.
+interpreter lock. Codec and dropout give the same bytes as `fourbit.reference`; the few-row product, norms
+and activations sum and approximate in their own way.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from fourbit.codebooks import dynamic_map, dynamic_thresholds
 from fourbit.errors import ConfigError
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
-_ABI = 1
+_ABI = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # name: result, arguments. Pointers are addresses (None is null); sizes are int64; the last int of a
@@ -43,6 +43,10 @@ _SIGNATURES = {
     "fb_dequantize_absmax": (_I, [_P, _P, _P, _P, _N, _P, _I]),
     "fb_linear_4bit": (_I, [_P, _I, _N, _N, _N, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
     "fb_dropout": (_I, [_P, _I, _N, _N, _P, _P, _N, _N, _N, c_double, _P, _I]),
+    "fb_rms_norm": (_I, [_P, _I, _N, _N, _P, c_float, _P, _P, _I]),
+    "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),
+    "fb_gated": (_I, [_P, _P, _I, _N, _I, _P, _I]),
+    "fb_gated_grad": (_I, [_P, _P, _P, _I, _N, _I, _P, _P, _I]),
 }
 
 
@@ -302,3 +306,75 @@ def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, ste
     )
     _check(status, "dropout")
     return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x weight / sqrt(mean(x^2) + eps) of the contiguous x [T, K] with weight fp32 [K].
+
+    Returns y in x's dtype, rounded once, and the factor of each row, fp32 [T], for backward.
+    """
+    y = torch.empty_like(x)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
+    status = _library().fb_rms_norm(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.shape,
+        weight.data_ptr(),
+        eps,
+        y.data_ptr(),
+        scale.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "rms_norm")
+    return y, scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The gradient in x; grad and x are contiguous, [T, K], of one dtype."""
+    grad_x = torch.empty_like(x)
+    status = _library().fb_rms_norm_grad(
+        grad.data_ptr(),
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.shape,
+        weight.data_ptr(),
+        scale.data_ptr(),
+        grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "rms_norm_backward")
+    return grad_x
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """activation(gate) * up of contiguous tensors of one shape and dtype; kind as in csrc/fourbit.h."""
+    out = torch.empty_like(gate)
+    status = _library().fb_gated(
+        gate.data_ptr(),
+        up.data_ptr(),
+        _DTYPES[gate.dtype],
+        gate.numel(),
+        kind,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "gated")
+    return out
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """The gradients in gate and up."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    status = _library().fb_gated_grad(
+        grad.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        _DTYPES[gate.dtype],
+        gate.numel(),
+        kind,
+        grad_gate.data_ptr(),
+        grad_up.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "gated_backward")
+    return grad_gate, grad_up

@@ -30,6 +30,7 @@ from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
 from fourbit.nn.attention import use_short_attention
+from fourbit.nn.fused import fuse
 from fourbit.training import checkpoint, durable, identity
 from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
@@ -231,6 +232,8 @@ def _fit_locked(
     )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     use_short_attention(base)
+    if config.model.fused:
+        console.print(fuse(base).line(), highlight=False, soft_wrap=True)
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
     release_free_memory()

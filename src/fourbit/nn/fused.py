@@ -1,0 +1,201 @@
+"""A decoder's norms and gated MLPs as single passes that keep little for backward.
+
+`fuse` looks at structure, not at names of architectures: a module with one weight that computes RMS norm,
+with weight or with 1 + weight, and a module whose `gate_proj`, `up_proj` and `down_proj` make a gated MLP.
+Each class is tried on a small input first and is left as it is where the result differs; a norm that is
+trained, and what another library has wrapped, runs its own code.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fourbit.ops.elementwise import ACTIVATIONS
+
+_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, lambda x: F.gelu(x, approximate="tanh"))
+#: Largest relative difference from a class's own code: norms are tried in fp32, MLPs in their own dtype,
+#: where the original rounds more often.
+_NORM_TOLERANCE, _MLP_TOLERANCE = 1e-5, 2e-2
+
+
+@dataclass
+class FuseReport:
+    """matched: kind of module to how many run fused; left: class name to why its modules do not."""
+
+    matched: Counter[str] = field(default_factory=Counter)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """For people."""
+        found = ", ".join(f"{n} {kind}" for kind, n in self.matched.items()) or "nothing"
+        left = "".join(f"; left {name}: {why}" for name, why in self.left.items())
+        return f"fused: {found}{left}"
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Run the norms and gated MLPs of a transformers model fused from now on; says what it matched."""
+    report, decided = FuseReport(), dict[Any, Callable[[nn.Module, Tensor], Tensor] | str]()
+    for module in model.modules():
+        if "forward" in module.__dict__:  # fused already, or wrapped by another library
+            continue
+        if _is_norm(module):
+            kind, decide = "RMS norms", _norm_forward
+        elif _is_gated(module):
+            kind, decide = "gated MLPs", _gated_forward
+        else:
+            continue
+        name = type(module).__name__
+        if type(module) not in decided:
+            decided[type(module)] = decide(module)
+        forward = decided[type(module)]
+        if isinstance(forward, str):
+            report.left[name] = forward
+            continue
+        module.forward = MethodType(forward, module)
+        report.matched[kind] += 1
+    return report
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every module that `fuse` changed its own code back."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, MethodType) and forward.__func__.__module__ == __name__:
+            del module.forward
+
+
+def _is_norm(module: nn.Module) -> bool:
+    parameters = list(module.named_parameters())
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and [name for name, _ in parameters] == ["weight"]
+        and parameters[0][1].ndim == 1
+        and _eps(module) is not None
+    )
+
+
+def _eps(module: nn.Module) -> float | None:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None
+
+
+def _is_gated(module: nn.Module) -> bool:
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names) and len(
+        list(module.children())
+    ) == len(names)
+
+
+def _norm_forward(module: Any) -> Callable[[nn.Module, Tensor], Tensor] | str:
+    for added in (0.0, 1.0):
+
+        def forward(self: Any, hidden_states: Tensor, *, added: float = added) -> Tensor:
+            if self.weight.requires_grad:
+                own: Tensor = type(self).forward(self, hidden_states)
+                return own
+            weight = self.weight.float() + added if added else self.weight.float()
+            return rms_norm(hidden_states, weight, _eps(self) or 0.0)
+
+        x = _probe(module, module.weight.shape[0], torch.float32)
+        if _agrees(module, forward, x, _NORM_TOLERANCE):
+            return forward
+    return "it is another norm"
+
+
+def _gated_forward(module: Any) -> Callable[[nn.Module, Tensor], Tensor] | str:
+    probe = torch.linspace(-6, 6, 97, device=module.gate_proj.weight.device)
+    given = module.act_fn(probe)
+    kind = next((i for i, f in enumerate(_FUNCTIONS) if torch.allclose(f(probe), given, atol=1e-6)), None)
+    if kind is None:
+        return f"its activation is neither of {', '.join(ACTIVATIONS)}"
+    number: int = kind
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        product: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), number))
+        return product
+
+    x = _probe(module, module.gate_proj.in_features, _compute_dtype(module.gate_proj))
+    return forward if _agrees(module, forward, x, _MLP_TOLERANCE) else "it computes more than that"
+
+
+def _probe(module: nn.Module, width: int, dtype: torch.dtype) -> Tensor:
+    device = next(module.parameters()).device
+    return torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _compute_dtype(layer: Any) -> torch.dtype:
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    dtype: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
+    return dtype if dtype.is_floating_point else torch.float32
+
+
+def _agrees(
+    module: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor], x: Tensor, tolerance: float
+) -> bool:
+    """Whether a forward gives what the module's own one gives for x."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            own, fused = type(module).forward(module, x), forward(module, x)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for part in training:
+            part.training = True
+    difference = (own.float() - fused.float()).norm()
+    return own.dtype == fused.dtype and bool(difference <= tolerance * own.float().norm())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x weight / sqrt(mean(x^2) + eps) over the last dimension of x [.., K]; weight fp32 [K], no gradient."""
+    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """activation(gate) * up, activation by its number in `ACTIVATIONS`; keeps nothing but its inputs."""
+    y: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y, scale = torch.ops.fourbit.rms_norm(rows, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        width = x.shape[-1]
+        grad_x = torch.ops.fourbit.rms_norm_backward(
+            grad.reshape(-1, width), x.reshape(-1, width), weight, scale
+        )
+        return grad_x.view(x.shape), None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: int) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kind = kind
+        y: Tensor = torch.ops.fourbit.gated(gate, up, kind)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *torch.ops.fourbit.gated_backward(grad, *ctx.saved_tensors, ctx.kind), None
