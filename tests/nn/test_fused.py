@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Co
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import fourbit
-from fourbit.nn.fused import fuse, unfuse
+from fourbit.nn.fused import fuse, rms_norm, unfuse
 from fourbit.nn.linear import Linear4bit
+from fourbit.nn.remake import remake_of
 from tests.tiny import llama
 
 SIZES: dict[str, Any] = {
@@ -98,8 +99,9 @@ def test_what_another_library_wrapped_is_left() -> None:
     assert fuse(model).matched["RMS norms"] == 4
 
 
-def test_with_adapters_on_4_bits_copies_and_in_training_mode() -> None:
-    model = llama()
+def adapted_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    """A Llama with 4-bit layers, and the same with an adapter that does something, in training mode."""
+    model = llama().to(dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -109,7 +111,11 @@ def test_with_adapters_on_4_bits_copies_and_in_training_mode() -> None:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    adapted.train()
+    return model, adapted.train()
+
+
+def test_with_adapters_on_4_bits_copies_and_in_training_mode() -> None:
+    model, adapted = adapted_llama()
     before = loss_and_gradients(adapted)
     assert fuse(model).matched == {"RMS norms": 5, "gated MLPs": 2}
     assert model.model.layers[0].mlp.training
@@ -121,3 +127,46 @@ def test_with_adapters_on_4_bits_copies_and_in_training_mode() -> None:
                 parameter.zero_()
     assert loss_and_gradients(twin)[0] != loss_and_gradients(adapted)[0]
     torch.testing.assert_close(loss_and_gradients(adapted), before, rtol=2e-5, atol=1e-6)
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for backward, each memory counted once, parameters not at all."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(3, 90, (4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+def test_what_can_be_made_again_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapted = adapted_llama(torch.bfloat16)
+    plain = kept_bytes(adapted)
+    fuse(model)
+    fused, again = kept_bytes(adapted), loss_and_gradients(adapted)
+    monkeypatch.setattr("fourbit.nn.lora.remake_of", lambda _: None)
+    assert fused < 0.8 * kept_bytes(adapted)
+    assert fused < 0.6 * plain
+    kept = loss_and_gradients(adapted)
+    assert all(torch.equal(a, b) for a, b in zip(again[1], kept[1], strict=True))
+
+
+def test_a_result_changed_in_place_is_not_made_again() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    y = rms_norm(x, torch.ones(8), 1e-6)
+    note = remake_of(y)
+    assert note is not None
+    assert torch.equal(note.function(*note.inputs), y)
+    y.mul_(2)
+    assert remake_of(y) is None
+    assert remake_of(y + 0) is None
+    with torch.no_grad():
+        assert remake_of(rms_norm(x, torch.ones(8), 1e-6)) is None

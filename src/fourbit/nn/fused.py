@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourbit.nn.remake import remakable
 from fourbit.ops.elementwise import ACTIVATIONS
 
 _FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, lambda x: F.gelu(x, approximate="tanh"))
@@ -160,32 +162,34 @@ def _agrees(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x weight / sqrt(mean(x^2) + eps) over the last dimension of x [.., K]; weight fp32 [K], no gradient."""
-    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+    rows: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)  # type: ignore[no-untyped-call]
+    return remakable(rows.view(x.shape), partial(_norm_again, eps=eps), x, weight)
 
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """activation(gate) * up, activation by its number in `ACTIVATIONS`; keeps nothing but its inputs."""
     y: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[no-untyped-call]
-    return y
+    return remakable(y, partial(torch.ops.fourbit.gated, kind=kind), gate, up)
+
+
+def _norm_again(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y: Tensor = torch.ops.fourbit.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)[0]
+    return y.view(x.shape)
 
 
 class _RmsNorm(torch.autograd.Function):
+    """Of rows [T, K]: what a function returns as a view could not be changed in place by who gets it."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y, scale = torch.ops.fourbit.rms_norm(rows, weight, eps)
+        y: Tensor
+        y, scale = torch.ops.fourbit.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        width = x.shape[-1]
-        grad_x = torch.ops.fourbit.rms_norm_backward(
-            grad.reshape(-1, width), x.reshape(-1, width), weight, scale
-        )
-        return grad_x.view(x.shape), None, None
+        return torch.ops.fourbit.rms_norm_backward(grad, *ctx.saved_tensors), None, None
 
 
 class _Gated(torch.autograd.Function):
