@@ -82,3 +82,25 @@ FB_API int fb_rms_norm_grad(const void* grad, const void* x, int dtype, int64_t 
 FB_API int fb_gated(const void* gate, const void* up, int dtype, int64_t n, int kind, void* out, int threads);
 FB_API int fb_gated_grad(const void* grad, const void* gate, const void* up, int dtype, int64_t n, int kind,
                          void* grad_gate, void* grad_up, int threads);
+
+// Causal attention of grouped heads (arXiv:2205.14135). A tensor is one of [batch, heads, length, width], given
+// by the strides, in elements, of all but its last dimension, which must be contiguous. Query t of a row of the
+// batch sees keys first[t] to t, first being int32 [batch, length] with 0 <= first[t] <= t.
+typedef struct {
+    void* data;
+    int64_t batch, head, row;
+} FbAttentionTensor;
+
+typedef struct {
+    FbAttentionTensor q, k, v, o;         // o is written by fb_attention and read by fb_attention_grad
+    FbAttentionTensor grad, dq, dk, dv;   // of o, and what fb_attention_grad writes
+    const int32_t* first;
+    float* lse;  // [batch, heads, length]: log of the sum of the exponentials, written, then read
+    int64_t batch, heads, kv_heads, length, width;  // heads is a multiple of kv_heads; width at most 256
+    float scale;
+    int dtype;
+} FbAttention;
+
+// Both return 2 where there is no memory for their scratch, some 8 bytes for each value of k, times threads.
+FB_API int fb_attention(const FbAttention* problem, int threads);
+FB_API int fb_attention_grad(const FbAttention* problem, int threads);

@@ -67,6 +67,30 @@ struct GatedRun {
     int64_t n;
 };
 
+// Attention, see attention.h. Tiles of queries and of keys, and the widest head.
+constexpr int64_t ATTENTION_TILE = 64, ATTENTION_MAX_WIDTH = 256;
+
+struct AttentionTensor {
+    void* data;  // of one head, [T, width]
+    int64_t row_bytes;
+};
+
+struct AttentionHead {
+    AttentionTensor q, k, v, o, grad, dq, dk, dv;
+    const int32_t* first;  // [T]
+    float* lse;            // [T]
+    int dtype;
+    int64_t length, width;
+    float scale;
+};
+
+struct AttentionKernels {
+    int64_t operand_bytes;
+    void (*pack)(const AttentionHead& h, void* keys, void* values, char* room);
+    void (*forward)(const AttentionHead& h, int64_t row, const void* keys, const void* values, char* room);
+    void (*backward)(const AttentionHead* heads, int64_t group, void* packs, float* sums, float* dq, char* room);
+};
+
 // The kernels of one instruction set, in a namespace of its name.
 //
 // quantize       whole blocks only; block_size is a multiple of 32
@@ -92,6 +116,7 @@ struct GatedRun {
     void rms_norm_grad(const NormRow& row);                                                           \
     void gated(const GatedRun& run);                                                                  \
     void gated_grad(const GatedRun& run);                                                             \
+    extern const AttentionKernels attention;                                                          \
     }
 
 FB_KERNELS(scalar)
@@ -114,6 +139,8 @@ struct Kernels {
     decltype(scalar::rms_norm_grad)* rms_norm_grad;
     decltype(scalar::gated)* gated;
     decltype(scalar::gated_grad)* gated_grad;
+    const AttentionKernels* attention;       // of bf16
+    const AttentionKernels* attention_wide;  // of the others
 };
 
 // The instruction set in use.

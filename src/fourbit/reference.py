@@ -230,3 +230,42 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[T
 
 def _activation(x: Tensor, kind: int) -> Tensor:
     return F.silu(x) if kind == 0 else F.gelu(x, approximate="tanh")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale Q K^T) V, where query t sees keys first[t] to t (arXiv:1706.03762, eq. 1).
+
+    q [B, H, T, D], k and v [B, Hkv, T, D] with H a multiple of Hkv, first int [B, T].
+    Returns o [B, H, T, D] in q's dtype and, fp32 [B, H, T], the logarithm of each softmax's denominator.
+    """
+    scores = _scores(q, k, first, scale)
+    lse = scores.logsumexp(dim=-1)
+    o = (scores - lse[..., None]).exp() @ _repeated(v, q)
+    return o.to(q.dtype), lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in q, k and v (arXiv:2205.14135, appendix B.2)."""
+    probabilities = (_scores(q, k, first, scale) - lse[..., None]).exp()
+    grad_v = probabilities.mT @ grad.float()
+    inner = (grad.float() * o.float()).sum(dim=-1, keepdim=True)
+    grad_scores = scale * probabilities * (grad.float() @ _repeated(v, q).mT - inner)
+    grad_q, grad_k = grad_scores @ _repeated(k, q), grad_scores.mT @ q.float()
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    return (
+        grad_q.to(q.dtype),
+        grad_k.unflatten(1, groups).sum(dim=2).to(k.dtype),
+        grad_v.unflatten(1, groups).sum(dim=2).to(v.dtype),
+    )
+
+
+def _scores(q: Tensor, k: Tensor, first: Tensor, scale: float) -> Tensor:
+    places = torch.arange(q.shape[2], device=q.device)
+    seen = (places >= first[:, :, None]) & (places <= places[:, None])  # [B, T, T]
+    return (scale * q.float() @ _repeated(k, q).mT).masked_fill(~seen[:, None], -torch.inf)
+
+
+def _repeated(kv: Tensor, q: Tensor) -> Tensor:
+    return kv.float().repeat_interleave(q.shape[1] // kv.shape[1], dim=1)

@@ -28,6 +28,26 @@ from fourbit.tensor import NESTED_BLOCK_SIZE
 _ABI = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+
+class _Strided(ctypes.Structure):
+    """FbAttentionTensor of csrc/fourbit.h."""
+
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64))
+
+
+class _Attention(ctypes.Structure):
+    """FbAttention of csrc/fourbit.h."""
+
+    _fields_ = (
+        *((name, _Strided) for name in ("q", "k", "v", "o", "grad", "dq", "dk", "dv")),
+        ("first", c_void_p),
+        ("lse", c_void_p),
+        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "length", "width")),
+        ("scale", c_float),
+        ("dtype", c_int),
+    )
+
+
 # name: result, arguments. Pointers are addresses (None is null); sizes are int64; the last int of a
 # kernel is its number of threads.
 _P, _I, _N = c_void_p, c_int, c_int64
@@ -47,6 +67,8 @@ _SIGNATURES = {
     "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),
     "fb_gated": (_I, [_P, _P, _I, _N, _I, _P, _I]),
     "fb_gated_grad": (_I, [_P, _P, _P, _I, _N, _I, _P, _P, _I]),
+    "fb_attention": (_I, [_P, _I]),
+    "fb_attention_grad": (_I, [_P, _I]),
 }
 
 
@@ -378,3 +400,57 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[T
     )
     _check(status, "gated_backward")
     return grad_gate, grad_up
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention: q [B, H, T, D], k and v [B, Hkv, T, D] of one dtype, last dimensions contiguous.
+
+    first: contiguous int32 [B, T]; query t sees keys first[t] to t. D is at most 256.
+    Returns o [B, H, T, D], which lies in memory as [B, T, H, D], and the fp32 [B, H, T] that backward needs.
+    """
+    batch, heads, length, width = q.shape
+    o = torch.empty(batch, length, heads, width, dtype=q.dtype, device="cpu").transpose(1, 2)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device="cpu")
+    problem = _problem(q, k, v, o, first, lse, scale)
+    _check_attention(_library().fb_attention(ctypes.addressof(problem), torch.get_num_threads()))
+    return o, lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in q, k and v, of their shapes and strides."""
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    problem = _problem(q, k, v, o, first, lse, scale)
+    problem.grad, problem.dq, problem.dk, problem.dv = map(_strided, (grad, *grads))
+    _check_attention(_library().fb_attention_grad(ctypes.addressof(problem), torch.get_num_threads()))
+    return grads[0], grads[1], grads[2]
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, first: Tensor, lse: Tensor, scale: float
+) -> _Attention:
+    batch, heads, length, width = q.shape
+    return _Attention(
+        *map(_strided, (q, k, v, o)),
+        *(_Strided() for _ in range(4)),
+        first.data_ptr(),
+        lse.data_ptr(),
+        batch,
+        heads,
+        k.shape[1],
+        length,
+        width,
+        scale,
+        _DTYPES[q.dtype],
+    )
+
+
+def _strided(x: Tensor) -> _Strided:
+    return _Strided(x.data_ptr(), *x.stride()[:3])
+
+
+def _check_attention(status: int) -> None:
+    if status == 2:
+        raise MemoryError("attention: no memory for the keys and values of one head")
+    _check(status, "attention")

@@ -29,7 +29,7 @@ from fourbit.memory.measure import peak_bytes, release_free_memory
 from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
-from fourbit.nn.attention import use_short_attention
+from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.fused import fuse
 from fourbit.training import checkpoint, durable, identity
 from fourbit.training.lock import check_free, hold
@@ -231,7 +231,7 @@ def _fit_locked(
         highlight=False,
     )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    use_short_attention(base)
+    use_tiled_attention(base)
     if config.model.fused:
         console.print(fuse(base).line(), highlight=False, soft_wrap=True)
     if config.train.activation_checkpointing:
