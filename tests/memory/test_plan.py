@@ -84,13 +84,14 @@ def test_a_plan_adds_up_and_grows_with_what_it_is_for(tmp_path):
     assert small.peak == sum(part.size for part in small.held) + max(phase.size for phase in small.phases)
     assert {part.name: part.size for part in small.held}["runtime"] == 1000
 
-    def step(found: Planner, *choice: int) -> int:
-        return found.plan(Choice(*choice)).phases[1].size
+    def step(found: Planner, rows: int, checkpointing: bool, compact: bool = True) -> int:
+        return found.plan(Choice(rows, checkpointing, 1, compact)).phases[1].size
 
-    more = step(found, 4, True, 1)
-    assert small.phases[1].size < more < step(found, 4, False, 1)
-    assert more < step(planner(model, Rows(256)), 4, True, 1)
-    assert step(found, 4, True, 1, True) < more
+    more = step(found, 4, True)
+    assert step(found, 1, True) < more < step(found, 4, False)
+    assert more < step(planner(model, Rows(256)), 4, True)
+    assert more < step(found, 4, True, compact=False)
+    assert step(found, 4, False) < step(found, 4, False, compact=False)
 
 
 def test_rehearsed_activations_are_those_that_a_real_step_keeps(tmp_path):

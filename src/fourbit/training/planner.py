@@ -37,9 +37,10 @@ _CODE_PER_PRODUCT = 670_000
 _PRODUCTS_PER_LINEAR = 4
 #: What a tokenizer takes for each word.
 _BYTES_PER_WORD = 400
-#: Holes in the C library's heap at the peak of a step, as multiples of what the layers keep and of what one
-#: needs: fitted to runs under glibc 2.36 (docs/log.md). A compact heap has none.
-_HOLES_RECOMPUTING, _HOLES_KEEPING = (1.5, 1.5), (0.4, 10.0)
+#: Holes in the C library's heap at the peak of a step; a compact heap has none. Fitted to runs under glibc
+#: 2.36 (docs/log.md). Recomputing layers: so many times what they keep and what one needs. Else: as much as
+#: they keep up to some size, and a share of all they keep.
+_HOLES_RECOMPUTING, _HOLES_KEEPING, _HOLES_SHARE = 1.4, 180_000_000, 0.22
 #: Python objects of an encoded row: two lists, and an integer for each token.
 _BYTES_PER_TOKEN = 48
 #: What cuBLAS keeps on a card (CUBLAS_WORKSPACE_CONFIG :4096:8, set for repeatable runs).
@@ -220,11 +221,11 @@ class Planner:
             top = Part("loss chunk", loss, f"{choice.loss_chunk} MiB of logits, and gradients")
         else:
             top = Part("one layer", layer, "forward and backward, attention")
-        holes = 0
+        holes = 0.0
         if self._target.on_cpu and not choice.compact_heap:
-            of_kept, of_layer = _HOLES_RECOMPUTING if recompute else _HOLES_KEEPING
-            holes = round(of_kept * needs.kept + of_layer * layer)
-        return Phase("a training step", (kept, top, Part("holes in the heap", holes, "estimated")))
+            keeping = min(needs.kept, _HOLES_KEEPING) + _HOLES_SHARE * needs.kept
+            holes = _HOLES_RECOMPUTING * needs.highest if recompute else keeping
+        return Phase("a training step", (kept, top, Part("holes in the heap", round(holes), "estimated")))
 
     def _loss(self, rows: int, tokens: int, trained: int, chunk: int, gradient: bool = True) -> int:
         seen = self._rehearsal.loss(rows, tokens, trained, chunk, gradient)
