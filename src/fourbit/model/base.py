@@ -146,10 +146,15 @@ def read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> Pretrai
     return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
 
 
-def make_skeleton(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device: names and shapes without memory."""
+def make_skeleton(
+    config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model on the meta device: names and shapes without memory; dtype as the config says or as given."""
+    given = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **given
+        )
     return model
 
 
