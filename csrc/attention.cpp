@@ -24,6 +24,8 @@ const AttentionKernels& kernels_for(int dtype) {
     return dtype == BF16 ? *kernels().attention : *kernels().attention_wide;
 }
 
+constexpr int64_t PACKED_AT_ONCE = 16 << 20;
+
 AttentionHead head_of(const FbAttention& p, int64_t batch, int64_t head) {
     const int64_t kv = head / (p.heads / p.kv_heads);
     const auto tensor = [&](const FbAttentionTensor& t, int64_t index) {
@@ -73,22 +75,28 @@ int fb_attention(const FbAttention* problem, int threads) {
     const AttentionKernels& kernel = kernels_for(p.dtype);
     const int64_t wide = wide_of(p.width), tiles = ceil_div(p.length, ATTENTION_TILE);
     const int64_t pack_bytes = tiles * ATTENTION_TILE * wide * kernel.operand_bytes, each = scratch_bytes(wide);
-    const Room packs(p.batch * p.kv_heads * 2 * pack_bytes), rooms(each * std::max(threads, 1));
+    // So many key-value heads are packed at a time: enough to occupy the threads, but not gigabytes.
+    const int64_t all = p.batch * p.kv_heads, share = p.heads / p.kv_heads;
+    const int64_t group = std::min(all, std::max<int64_t>(threads, PACKED_AT_ONCE / (2 * pack_bytes)));
+    const Room packs(group * 2 * pack_bytes), rooms(each * std::max(threads, 1));
     if (packs.data == nullptr || rooms.data == nullptr) return 2;
-    parallel_for_threads(p.batch * p.kv_heads, threads, [&](int64_t task, int thread) {
-        const int64_t kv = task % p.kv_heads;
-        char* keys = packs.data + task * 2 * pack_bytes;
-        kernel.pack(head_of(p, task / p.kv_heads, kv * (p.heads / p.kv_heads)), keys, keys + pack_bytes,
-                    rooms.data + thread * each);
-    });
-    // The later a tile of queries, the more keys it sees: long ones first.
-    parallel_for_threads(p.batch * p.heads * tiles, threads, [&](int64_t task, int thread) {
-        const int64_t tile = tiles - 1 - task / (p.batch * p.heads), index = task % (p.batch * p.heads);
-        const int64_t batch = index / p.heads, head = index % p.heads;
-        const char* keys = packs.data + (batch * p.kv_heads + head / (p.heads / p.kv_heads)) * 2 * pack_bytes;
-        kernel.forward(head_of(p, batch, head), tile * ATTENTION_TILE, keys, keys + pack_bytes,
-                       rooms.data + thread * each);
-    });
+    for (int64_t first = 0; first < all; first += group) {
+        const int64_t count = std::min(group, all - first);
+        parallel_for_threads(count, threads, [&](int64_t task, int thread) {
+            const int64_t kv = (first + task) % p.kv_heads;
+            char* keys = packs.data + task * 2 * pack_bytes;
+            kernel.pack(head_of(p, (first + task) / p.kv_heads, kv * share), keys, keys + pack_bytes,
+                        rooms.data + thread * each);
+        });
+        // The later a tile of queries, the more keys it sees: long ones first.
+        parallel_for_threads(count * share * tiles, threads, [&](int64_t task, int thread) {
+            const int64_t tile = tiles - 1 - task / (count * share), index = task % (count * share);
+            const int64_t head = first + index / share;
+            const char* keys = packs.data + index / share * 2 * pack_bytes;
+            kernel.forward(head_of(p, head / p.kv_heads, head % p.kv_heads * share + index % share),
+                           tile * ATTENTION_TILE, keys, keys + pack_bytes, rooms.data + thread * each);
+        });
+    }
     return 0;
 }
 

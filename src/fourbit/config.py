@@ -97,7 +97,7 @@ class ModelSettings(_Settings):
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
     fused: bool = Field(
         default=True,
-        description="train with norms and gated MLPs as single passes; false: the model's own code",
+        description="train on a CPU with fourbit's attention, norms and gated MLPs; false: transformers'",
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 

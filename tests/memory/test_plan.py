@@ -100,7 +100,8 @@ def test_rehearsed_activations_are_those_that_a_real_step_keeps(tmp_path):
 
     from fourbit.memory.tracker import PeakTracker
     from fourbit.model.adapters import key_source
-    from fourbit.nn.attention import use_short_attention
+    from fourbit.nn.attention import use_tiled_attention
+    from fourbit.nn.fused import fuse
     from fourbit.nn.loss import split_model
     from fourbit.training.loop import train_mode
     from fourbit.training.rehearse import Rehearsal
@@ -109,9 +110,10 @@ def test_rehearsed_activations_are_those_that_a_real_step_keeps(tmp_path):
     config = load_config(
         None, [f"model.path={tmp_path}/model", "data.train=x", "model.compute_dtype=bfloat16"]
     )
-    needs = Rehearsal(run_skeleton(config, torch.bfloat16), on_cpu=True).layers(3, 64, False)
+    needs = Rehearsal(run_skeleton(config, torch.bfloat16), fused=True).layers(3, 64, False)
     model, _ = prepare_model(config, Console(quiet=True))
-    use_short_attention(model.get_base_model())
+    use_tiled_attention(model.get_base_model())
+    fuse(model.get_base_model())
     train_mode(model)
     ids, positions = torch.zeros(3, 64, dtype=torch.int64), torch.arange(64).expand(3, 64).contiguous()
     key_source(model).set(0, 0, ids[:, 0].contiguous(), positions)

@@ -49,6 +49,13 @@ class PeakTracker(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
+def without_values() -> bool:
+    """Whether tensors have only shapes here: code that looks at values must do without."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode() is not None
+
+
 def fake_tensors() -> Any:
     """A mode in which new tensors take no memory; real ones (codebooks) may be read.
 

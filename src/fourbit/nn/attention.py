@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fourbit.kernels import native
+from fourbit.memory.tracker import without_values
 from fourbit.ops.attention import MOST_WIDTH
 
 NAME = "fourbit"
@@ -51,6 +52,8 @@ def first_seen_mask(
 
     if q_length != kv_length or q_offset:
         return part(0, q_length)
+    if without_values():
+        return torch.empty(batch_size, q_length, dtype=torch.int32)
     padding, window = kwargs.get("attention_mask"), kwargs.get("local_size")
     unpadded = padding is None or bool(padding.all())
     if kwargs.get("allow_is_causal_skip", True) and unpadded and (window is None or window > kv_length):

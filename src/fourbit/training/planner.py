@@ -20,6 +20,7 @@ from fourbit.data.pack import MULTIPLE
 from fourbit.data.render import Example
 from fourbit.errors import ConfigError, nearest
 from fourbit.evaluate.heldout import TOKENS_PER_BATCH
+from fourbit.kernels import native
 from fourbit.memory.cards import find_card
 from fourbit.memory.choose import alternatives, choose
 from fourbit.memory.plan import Choice, Part, Phase, Plan
@@ -128,7 +129,8 @@ class Planner:
             }
         )
         self._vocabulary = int(base.config.get_text_config().vocab_size)
-        self._rehearsal = Rehearsal(skeleton, target.on_cpu)
+        fused = config.model.fused and target.on_cpu and native.available()
+        self._rehearsal = Rehearsal(skeleton, fused)
 
     def use_rows(self, rows: Rows) -> None:
         """Plan for these rows from now on."""

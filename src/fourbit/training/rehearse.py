@@ -19,7 +19,8 @@ from fourbit.codebooks import codebook
 from fourbit.errors import ModelError
 from fourbit.memory.tracker import PeakTracker, fake_tensors
 from fourbit.model.adapters import key_source
-from fourbit.nn.attention import use_short_attention
+from fourbit.nn.attention import use_tiled_attention
+from fourbit.nn.fused import fuse
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import head_loss, split_model
 from fourbit.training.loop import checkpoint_activations, keep_activations, train_mode
@@ -44,10 +45,10 @@ class Needs:
 class Rehearsal:
     """Rehearses steps of a run's skeleton (`run_skeleton`), which it uses up.
 
-    on_cpu  whether the run will be on a CPU, which has attention of its own
+    fused  whether attention, norms and MLPs are ours
     """
 
-    def __init__(self, model: Any, on_cpu: bool) -> None:
+    def __init__(self, model: Any, fused: bool) -> None:
         self._model = model
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder, self._head = split_model(model)
@@ -62,14 +63,16 @@ class Rehearsal:
                 break
         self._dtype = self._base.dtype
         self._use_layers(_MORE)
+        if fused:
+            fuse(self._base)  # outside the mode: classes are tried on real numbers
         self._mode = fake_tensors()
         with self._mode:
             model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-            if on_cpu:
-                use_short_attention(self._base)
+            if fused:
+                use_tiled_attention(self._base)
 
     @lru_cache(maxsize=64)  # noqa: B019 - a rehearsal lives as long as its planner
     def layers(self, rows: int, tokens: int, checkpointing: bool) -> Needs:

@@ -25,6 +25,7 @@ from fourbit.data.encode import Encoded
 from fourbit.data.gate import prepare
 from fourbit.data.read import read_rows
 from fourbit.errors import ConfigError, nearest
+from fourbit.kernels import native
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
@@ -262,8 +263,8 @@ def _fit_locked(
         highlight=False,
     )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    use_tiled_attention(base)
-    if config.model.fused:
+    if config.model.fused and work.device.type == "cpu" and native.available():
+        use_tiled_attention(base)
         console.print(fuse(base).line(), highlight=False, soft_wrap=True)
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
