@@ -95,10 +95,6 @@ class ModelSettings(_Settings):
         description="dtype of matrix products; auto measures which of bfloat16 and float32 is faster",
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
-    fused: bool = Field(
-        default=True,
-        description="train on a CPU with fourbit's attention, norms and gated MLPs; false: transformers'",
-    )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
     @model_validator(mode="after")
@@ -224,6 +220,10 @@ class TrainSettings(_Settings):
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the variance (QLoRA: 0.999)")
     activation_checkpointing: bool = Field(
         default=True, description="keep only layer inputs, recompute the rest"
+    )
+    fused: bool = Field(
+        default=True,
+        description="on a CPU, compute with fourbit's attention, norms and gated MLPs; false: transformers'",
     )
     loss_chunk: int = Field(
         default=24,

@@ -129,7 +129,7 @@ class Planner:
             }
         )
         self._vocabulary = int(base.config.get_text_config().vocab_size)
-        fused = config.model.fused and target.on_cpu and native.available()
+        fused = config.train.fused and target.on_cpu and native.available()
         self._rehearsal = Rehearsal(skeleton, fused)
 
     def use_rows(self, rows: Rows) -> None:

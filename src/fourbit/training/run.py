@@ -263,7 +263,7 @@ def _fit_locked(
         highlight=False,
     )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if config.model.fused and work.device.type == "cpu" and native.available():
+    if config.train.fused and work.device.type == "cpu" and native.available():
         use_tiled_attention(base)
         console.print(fuse(base).line(), highlight=False, soft_wrap=True)
     if config.train.activation_checkpointing:
