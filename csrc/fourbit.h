@@ -11,7 +11,7 @@
 // has the scale map[absmax[i]] * nested_absmax[i / 256] + offset[0] (double quantization).
 //
 // Every result is the same for every instruction set and thread count: bit for bit in the codec and
-// in dropout, up to the order of fp32 summation in the few-row product.
+// in the row-wise functions, up to the order of fp32 summation in the few-row product.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@
 #endif
 
 // Raised whenever a signature below or its meaning changes; the loader refuses another number.
-#define FB_ABI_VERSION 1
+#define FB_ABI_VERSION 2
 
 FB_API int64_t fb_abi(void);
 
@@ -70,3 +70,37 @@ FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_
 FB_API int fb_dropout(const void* x, int dtype, int64_t T, int64_t K, const int64_t* row,
                       const int64_t* position, int64_t layer, int64_t seed, int64_t step, double p, void* y,
                       int threads);
+
+// RMS norm (arXiv:1910.07467): y[T,K] = x s weight with s[t] = 1 / sqrt(mean(x[t]^2) + eps), the fp32 `scale`
+// that backward needs; weight is fp32 [K]. The gradient is that in x; grad_x may be grad.
+FB_API int fb_rms_norm(const void* x, int dtype, int64_t T, int64_t K, const float* weight, float eps, void* y,
+                       float* scale, int threads);
+FB_API int fb_rms_norm_grad(const void* grad, const void* x, int dtype, int64_t T, int64_t K,
+                            const float* weight, float* scale, void* grad_x, int threads);
+
+// out[n] = activation(gate[n]) * up[n] (arXiv:2002.05202) and its gradients; kind 0 SiLU, 1 GELU by tanh.
+FB_API int fb_gated(const void* gate, const void* up, int dtype, int64_t n, int kind, void* out, int threads);
+FB_API int fb_gated_grad(const void* grad, const void* gate, const void* up, int dtype, int64_t n, int kind,
+                         void* grad_gate, void* grad_up, int threads);
+
+// Causal attention of grouped heads (arXiv:2205.14135). A tensor is one of [batch, heads, length, width], given
+// by the strides, in elements, of all but its last dimension, which must be contiguous. Query t of a row of the
+// batch sees keys first[t] to t, first being int32 [batch, length] with 0 <= first[t] <= t.
+typedef struct {
+    void* data;
+    int64_t batch, head, row;
+} FbAttentionTensor;
+
+typedef struct {
+    FbAttentionTensor q, k, v, o;         // o is written by fb_attention and read by fb_attention_grad
+    FbAttentionTensor grad, dq, dk, dv;   // of o, and what fb_attention_grad writes
+    const int32_t* first;
+    float* lse;  // [batch, heads, length]: log of the sum of the exponentials, written, then read
+    int64_t batch, heads, kv_heads, length, width;  // heads is a multiple of kv_heads; width at most 256
+    float scale;
+    int dtype;
+} FbAttention;
+
+// Both return 2 where there is no memory for their scratch, some 8 bytes for each value of k, times threads.
+FB_API int fb_attention(const FbAttention* problem, int threads);
+FB_API int fb_attention_grad(const FbAttention* problem, int threads);

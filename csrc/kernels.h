@@ -1,5 +1,5 @@
-// What one instruction set provides: the inner kernels of codec_*.cpp, linear_*.cpp and dropout_*.cpp.
-// The files codec.cpp, linear.cpp and dropout.cpp split the work, handle the ends that do not fill a
+// What one instruction set provides: the inner kernels of codec_*.cpp, linear_*.cpp, dropout_*.cpp
+// and elementwise_*.cpp. The files codec.cpp, linear.cpp, dropout.cpp and elementwise.cpp split the work, handle the ends that do not fill a
 // block, and call through `kernels()`.
 #pragma once
 
@@ -40,6 +40,57 @@ struct DropoutRow {
     float scale;
 };
 
+// One row of RMS norm: x, y [K]. Forward writes y = x s w and s = 1 / sqrt(mean(x^2) + eps); backward reads s
+// and grad, and writes the gradient in x to y.
+struct NormRow {
+    const void* x;
+    const void* grad;
+    const float* weight;  // [K]
+    void* y;
+    float* scale;  // [1]
+    int dtype;
+    int64_t K;
+    float eps;
+};
+
+enum Activation : int { SILU = 0, GELU_TANH = 1 };
+
+// A run of out = activation(gate) * up. The gradients may be written over gate and up.
+struct GatedRun {
+    const void* gate;
+    const void* up;
+    const void* grad;
+    void* out;
+    void* grad_gate;
+    void* grad_up;
+    int dtype, kind;
+    int64_t n;
+};
+
+// Attention, see attention.h. Tiles of queries and of keys, and the widest head.
+constexpr int64_t ATTENTION_TILE = 64, ATTENTION_MAX_WIDTH = 256;
+
+struct AttentionTensor {
+    void* data;  // of one head, [T, width]
+    int64_t row_bytes;
+};
+
+struct AttentionHead {
+    AttentionTensor q, k, v, o, grad, dq, dk, dv;
+    const int32_t* first;  // [T]
+    float* lse;            // [T]
+    int dtype;
+    int64_t length, width;
+    float scale;
+};
+
+struct AttentionKernels {
+    int64_t operand_bytes;
+    void (*pack)(const AttentionHead& h, void* keys, void* values, char* room);
+    void (*forward)(const AttentionHead& h, int64_t row, const void* keys, const void* values, char* room);
+    void (*backward)(const AttentionHead* heads, int64_t group, void* packs, float* sums, float* dq, char* room);
+};
+
 // The kernels of one instruction set, in a namespace of its name.
 //
 // quantize       whole blocks only; block_size is a multiple of 32
@@ -61,6 +112,11 @@ struct DropoutRow {
     void linear(const LinearRows& rows);                                                              \
     float dot(const float* a, const float* b, int64_t n);                                             \
     void dropout(const DropoutRow& row);                                                              \
+    void rms_norm(const NormRow& row);                                                                \
+    void rms_norm_grad(const NormRow& row);                                                           \
+    void gated(const GatedRun& run);                                                                  \
+    void gated_grad(const GatedRun& run);                                                             \
+    extern const AttentionKernels attention;                                                          \
     }
 
 FB_KERNELS(scalar)
@@ -79,6 +135,12 @@ struct Kernels {
     decltype(scalar::linear)* linear;
     decltype(scalar::dot)* dot;
     decltype(scalar::dropout)* dropout;
+    decltype(scalar::rms_norm)* rms_norm;
+    decltype(scalar::rms_norm_grad)* rms_norm_grad;
+    decltype(scalar::gated)* gated;
+    decltype(scalar::gated_grad)* gated_grad;
+    const AttentionKernels* attention;       // of bf16
+    const AttentionKernels* attention_wide;  // of the others
 };
 
 // The instruction set in use.

@@ -22,8 +22,9 @@ struct alignas(64) Share {
     int64_t end;
 };
 
+// Calls task(index, number of the thread).
 template <class Task>
-void parallel_for(int64_t tasks, int threads, const Task& task) {
+void parallel_for_threads(int64_t tasks, int threads, const Task& task) {
 #if defined(_OPENMP)
     // Either one thread or all of them: changing the size of an OpenMP team ends and starts threads.
     if (threads > 1 && tasks > 1) {
@@ -37,13 +38,19 @@ void parallel_for(int64_t tasks, int threads, const Task& task) {
         for (int i = 0, own = omp_get_thread_num(); i < count; ++i) {
             Share& share = shares[(own + i) % count];
             int64_t at;
-            while ((at = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end) task(at);
+            while ((at = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end)
+                task(at, omp_get_thread_num());
         }
         return;
     }
 #endif
     (void)threads;
-    for (int64_t i = 0; i < tasks; ++i) task(i);
+    for (int64_t i = 0; i < tasks; ++i) task(i, 0);
+}
+
+template <class Task>
+void parallel_for(int64_t tasks, int threads, const Task& task) {
+    parallel_for_threads(tasks, threads, [&](int64_t i, int) { task(i); });
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

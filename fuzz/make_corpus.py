@@ -82,8 +82,16 @@ def models(work: Path) -> None:
     tokenizer().save_pretrained(str(work / "model"))
     put("safetensors", "model", (work / "model" / "model.safetensors").read_bytes())
     put("model_config", "llama", (work / "model" / "config.json").read_bytes())
-    put("model_config", "qwen2", json.dumps({"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 32}))
-    put("model_config", "mixtral", json.dumps({"model_type": "mixtral", "num_local_experts": 2, "hidden_size": 8}))
+    put(
+        "model_config",
+        "qwen2",
+        json.dumps({"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 32}),
+    )
+    put(
+        "model_config",
+        "mixtral",
+        json.dumps({"model_type": "mixtral", "num_local_experts": 2, "hidden_size": 8}),
+    )
     put("tokenizer", "bytes", (work / "model" / "tokenizer.json").read_bytes())
     merging_tokenizer().save_pretrained(str(work / "merging"))
     put("tokenizer", "merges", (work / "merging" / "tokenizer.json").read_bytes())

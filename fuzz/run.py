@@ -39,9 +39,13 @@ _INSTRUMENTED = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="names, or all")
-    parser.add_argument("--runs", type=int, default=10_000, help="inputs for each target (a tenth for slow ones)")
+    parser.add_argument(
+        "--runs", type=int, default=10_000, help="inputs for each target (a tenth for slow ones)"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--plain", action="store_true", help="seeded mutations, also where atheris is installed")
+    parser.add_argument(
+        "--plain", action="store_true", help="seeded mutations, also where atheris is installed"
+    )
     parser.add_argument("--input", type=Path, help="run this one file")
     parser.add_argument("--guided", action="store_true", help=argparse.SUPPRESS)  # the child of `_guided`
     args = parser.parse_args()
@@ -65,7 +69,10 @@ def main() -> int:
         runs = args.runs // 10 if TARGETS[name].slow else args.runs
         began = time.monotonic()
         done, failure = (_guided if guided else _mutations)(name, runs, args.seed)
-        print(f"{name:<16} {done:>8,} {time.monotonic() - began:>8.1f}  {failure or 'no crash, no hang'}", flush=True)
+        print(
+            f"{name:<16} {done:>8,} {time.monotonic() - began:>8.1f}  {failure or 'no crash, no hang'}",
+            flush=True,
+        )
         inputs, failed = inputs + done, failed + bool(failure)
     print(f"{'all':<16} {inputs:>8,}           {failed} of {len(names)} targets failed")
     return 1 if failed else 0

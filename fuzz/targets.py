@@ -111,7 +111,9 @@ def _rows(suffix: str) -> Read:
     def read(data: bytes, folder: Path) -> None:
         file = folder / f"data{suffix}"
         file.write_bytes(data)
-        settings = DataSettings(train=str(file), allow=("empty", "no_trained_token", "no_end_token", "refused"))
+        settings = DataSettings(
+            train=str(file), allow=("empty", "no_trained_token", "no_end_token", "refused")
+        )
         encode(read_rows([file], settings), tokenizer(), settings)
 
     return read

@@ -14,6 +14,7 @@ _WHERE = {
     "load": "fourbit.model.load",
     "add_lora": "fourbit.model.adapters",
     "save_quantized": "fourbit.model.save",
+    "plan": "fourbit.training.planner",
     "train": "fourbit.training.run",
     "merge": "fourbit.exporting.export",
     "export": "fourbit.exporting.export",
@@ -29,6 +30,7 @@ __all__ = [
     "functional",
     "load",
     "merge",
+    "plan",
     "save_quantized",
     "train",
 ]

@@ -227,6 +227,19 @@ class TrainSettings(_Settings):
     activation_checkpointing: bool = Field(
         default=True, description="keep only layer inputs, recompute the rest"
     )
+    fused: bool = Field(
+        default=True,
+        description="on a CPU, compute with fourbit's attention, norms and gated MLPs; false: transformers'",
+    )
+    loss_chunk: int = Field(
+        default=24,
+        ge=1,
+        description="MiB of logits formed at once in the loss; changes memory and speed only",
+    )
+    compact_heap: bool = Field(
+        default=False,
+        description="give freed memory back to the system at once: on a CPU less memory, and slower",
+    )
     group_by_length: bool = Field(default=True, description="batches of similar length, less padding (QLoRA)")
     eval_every: int = Field(
         default=100, ge=1, description="optimizer steps between evaluations and checkpoints"

@@ -64,6 +64,12 @@ class ExportError(FourBitError, RuntimeError):
     exit_code = 8
 
 
+class MemoryBudgetError(FourBitError, RuntimeError):
+    """A run cannot fit into the memory there is or was asked to suffice; found before it starts."""
+
+    exit_code = 9
+
+
 class VerificationError(FourBitError, RuntimeError):
     """A merged or exported model is not what was trained."""
 

@@ -1,4 +1,4 @@
-"""The codec in plain torch: the definition that every kernel is tested against.
+"""Codec, dropout, norm and gate in plain torch: the definitions that every kernel is tested against.
 
 Quantizing (QLoRA, arXiv:2305.14314, section 3). The tensor is flattened and cut into blocks of
 `block_size` values; for a block w in fp32
@@ -194,3 +194,78 @@ def philox(counter: list[Tensor], key: Tensor) -> list[Tensor]:
         c2, c3 = (first >> 32) & _LOW32 ^ c3 ^ k1, first & _LOW32
         k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
     return [c0, c1, c2, c3]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square norm (arXiv:1910.07467, eq. 4) of x [T, K] with weight fp32 [K].
+
+    Returns x s weight, fp32 rounded once to x's dtype, and s = 1 / sqrt(mean(x^2) + eps), fp32 [T].
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1) + eps)
+    return (wide * scale[:, None] * weight).to(x.dtype), scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Its gradient in x: s (g w - x s^2 mean(g w x)), in x's dtype."""
+    wide, weighted = x.float(), grad.float() * weight
+    along = (weighted * wide).mean(dim=-1, keepdim=True) * scale[:, None] ** 2
+    return (scale[:, None] * (weighted - along * wide)).to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """activation(gate) * up (arXiv:2002.05202), fp32 rounded once; kind 0 is SiLU, 1 GELU by tanh."""
+    return (_activation(gate.float(), kind) * up.float()).to(gate.dtype)
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """Its gradients in gate and up, each rounded once."""
+    with torch.enable_grad():
+        wide_gate = gate.detach().float().requires_grad_()
+        wide_up = up.detach().float().requires_grad_()
+        out = _activation(wide_gate, kind) * wide_up
+        grads = torch.autograd.grad(out, [wide_gate, wide_up], grad.float())
+    return grads[0].to(gate.dtype), grads[1].to(up.dtype)
+
+
+def _activation(x: Tensor, kind: int) -> Tensor:
+    return F.silu(x) if kind == 0 else F.gelu(x, approximate="tanh")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale Q K^T) V, where query t sees keys first[t] to t (arXiv:1706.03762, eq. 1).
+
+    q [B, H, T, D], k and v [B, Hkv, T, D] with H a multiple of Hkv, first int [B, T].
+    Returns o [B, H, T, D] in q's dtype and, fp32 [B, H, T], the logarithm of each softmax's denominator.
+    """
+    scores = _scores(q, k, first, scale)
+    lse = scores.logsumexp(dim=-1)
+    o = (scores - lse[..., None]).exp() @ _repeated(v, q)
+    return o.to(q.dtype), lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in q, k and v (arXiv:2205.14135, appendix B.2)."""
+    probabilities = (_scores(q, k, first, scale) - lse[..., None]).exp()
+    grad_v = probabilities.mT @ grad.float()
+    inner = (grad.float() * o.float()).sum(dim=-1, keepdim=True)
+    grad_scores = scale * probabilities * (grad.float() @ _repeated(v, q).mT - inner)
+    grad_q, grad_k = grad_scores @ _repeated(k, q), grad_scores.mT @ q.float()
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    return (
+        grad_q.to(q.dtype),
+        grad_k.unflatten(1, groups).sum(dim=2).to(k.dtype),
+        grad_v.unflatten(1, groups).sum(dim=2).to(v.dtype),
+    )
+
+
+def _scores(q: Tensor, k: Tensor, first: Tensor, scale: float) -> Tensor:
+    places = torch.arange(q.shape[2], device=q.device)
+    seen = (places >= first[:, :, None]) & (places <= places[:, None])  # [B, T, T]
+    return (scale * q.float() @ _repeated(k, q).mT).masked_fill(~seen[:, None], -torch.inf)
+
+
+def _repeated(kv: Tensor, q: Tensor) -> Tensor:
+    return kv.float().repeat_interleave(q.shape[1] // kv.shape[1], dim=1)

@@ -43,6 +43,12 @@ def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of its own that measures an empty run."""
+    monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda dtype: 500_000_000)
+
+
 @pytest.fixture
 def fourbit(here: Path, capsys: pytest.CaptureFixture[str]) -> Fourbit:
     """fourbit("train", ...) gives exit code, standard output and standard error."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from importlib import metadata
 
-import pytest
 import torch
 
 from fourbit.cli.main import main
@@ -99,27 +98,6 @@ def test_two_openmp_runtimes_are_named(monkeypatch):
     monkeypatch.setattr(native, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
     openmp = software.check_native().facts[-1]
     assert openmp.text == "libgomp.so.1, libiomp5.so, not shared: their threads compete for the cores"
-
-
-@pytest.mark.parametrize(
-    ("files", "membership", "limit"),
-    [
-        ({"memory.max": "max"}, "0::/", None),
-        ({"memory.max": "4096"}, "0::/", 4096),
-        ({"a/memory.max": "8192", "a/b/memory.max": "max"}, "0::/a/b", 8192),
-        ({"memory/j/memory.limit_in_bytes": "1024"}, "4:cpu,memory:/j\n0::/", 1024),
-        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, "4:memory:/", None),
-        ({}, "4:cpu:/", None),
-    ],
-)
-def test_memory_limit_of_control_groups(tmp_path, files, membership, limit):
-    for name, text in files.items():
-        file = tmp_path / "cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    groups = tmp_path / "membership"
-    groups.write_text(membership + "\n")
-    assert machine.cgroup_limit(tmp_path / "cgroup", groups) == limit
 
 
 def test_cards_listed_by_the_driver(tmp_path):

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fourbit.config import DataSettings
 from fourbit.data.row import Row
+from fourbit.model.load import load_tokenizer
 
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>",
@@ -78,7 +79,7 @@ def row() -> Callable[..., Row]:
 @pytest.fixture(scope="session")
 def smollm2(smollm2: Path) -> PreTrainedTokenizerBase:
     """SmolLM2's real tokenizer, out of the file that the fixture of the same name above finds."""
-    return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    return load_tokenizer(smollm2)
 
 
 def _byte_spans(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from fourbit.data.read import read_rows
 from fourbit.data.render import Example
 from fourbit.errors import ConfigError
 from fourbit.model.adapters import add_lora, key_source
-from fourbit.nn.attention import use_short_attention
+from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.loss import causal_lm_loss
 from fourbit.nn.packing import check_packing
 from tests.tiny import byte_tokenizer, llama
@@ -80,7 +80,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_ones(short):
     """Adapter with dropout on: the masks are those of each row by itself."""
     model = add_lora(llama(), r=4, dropout=0.3, seed=0)
     if short:
-        assert use_short_attention(model.get_base_model())
+        assert use_tiled_attention(model.get_base_model())
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))

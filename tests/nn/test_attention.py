@@ -1,10 +1,25 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+)
+from transformers.masking_utils import chunked_causal_mask_function
 
-from fourbit.nn.attention import LONGEST, NAME, ShortAttention, use_short_attention
+from fourbit.nn.attention import (
+    NAME,
+    ShortAttention,
+    TiledAttention,
+    first_seen_mask,
+    use_tiled_attention,
+)
 from tests.tiny import llama
 
 
@@ -46,27 +61,91 @@ def test_no_worse_against_fp64_than_torch(
         )
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("length", [12, LONGEST + 5])
-def test_a_model_gives_the_same_with_it(length: int, padded: bool) -> None:
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "pad_token_id": 0,
+}
+
+
+def inputs(kind: str, length: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What a model is given, and which of its 2 x length tokens count."""
     torch.manual_seed(0)
-    ids = torch.randint(3, 200, (2, length))
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[1, length - 4 :] = 0
+    given = {"input_ids": torch.randint(3, 99, (2, length))}
+    counted = torch.ones(2, length, dtype=torch.bool)
+    if kind == "packed":
+        cut = length // 3
+        given["position_ids"] = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand(2, -1)
+        return given, counted
+    if kind == "right":
+        counted[1, length - 4 :] = False
+    if kind == "left":
+        counted[1, :5] = False
+    return given | {"attention_mask": counted.long()}, counted
+
+
+@pytest.mark.parametrize("kind", ["full", "left", "right", "packed"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES),
+        MistralConfig(**SIZES, sliding_window=7),
+        Gemma3TextConfig(**SIZES, sliding_window=9),  # layers with a window and layers without
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_gives_the_same_with_it(config: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fourbit.nn.attention._MASK_ROWS", 16)
+    calls = []
+    monkeypatch.setattr(
+        TiledAttention, "apply", lambda *a, apply=TiledAttention.apply: calls.append(a[3]) or apply(*a)
+    )
+    given, counted = inputs(kind, 37)
     results = []
     for ours in (False, True):
-        model = llama()
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         if ours:
-            assert use_short_attention(model)
+            assert use_tiled_attention(model)
             assert model.config._attn_implementation == NAME
-        logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        logits = model(**given, use_cache=False).logits[counted]
         logits.square().mean().backward()
         results.append((logits.detach(), model.model.layers[0].self_attn.q_proj.weight.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    assert len(calls) == config.num_hidden_layers
+
+
+def test_a_mask_of_another_form_is_left_to_sdpa() -> None:
+    chunked = chunked_causal_mask_function(5, torch.zeros(2, dtype=torch.int64))
+    mask = first_seen_mask(2, 12, 12, mask_function=chunked, allow_is_causal_skip=False)
+    places = torch.arange(12, dtype=torch.int32)
+    assert mask is not None
+    assert torch.equal(mask, (places // 5 * 5).expand(2, -1))  # chunks are of this form
+
+    def holes(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & ((key == query) | (key % 3 == 0))
+
+    def ahead(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key <= query + 1
+
+    for function in (holes, ahead):
+        mask = first_seen_mask(2, 12, 12, mask_function=function, allow_is_causal_skip=False)
+        assert mask is not None
+        assert mask.dtype == torch.bool
+        assert mask.shape == (2, 1, 12, 12)
+
+
+def test_queries_over_a_cache_get_an_ordinary_mask() -> None:
+    mask = first_seen_mask(1, 2, 9, q_offset=7, attention_mask=torch.ones(1, 9, dtype=torch.bool))
+    assert mask is None or mask.ndim == 4
 
 
 def test_a_model_with_another_attention_is_left_alone() -> None:
     model = llama()
     model.set_attn_implementation("eager")
-    assert not use_short_attention(model)
+    assert not use_tiled_attention(model)

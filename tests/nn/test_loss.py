@@ -24,7 +24,7 @@ def reference(
 def test_loss_and_gradients_against_fp64(
     monkeypatch: pytest.MonkeyPatch, tokens: int, scale: float, softcap: float | None
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 4 * 101 * 10)  # ten rows a chunk
+    monkeypatch.setattr(loss, "_chunk_rows", lambda vocabulary, chunk: 10)
     torch.manual_seed(0)
     hidden = torch.randn(tokens, 33, requires_grad=True)
     weight = torch.randn(101, 33, requires_grad=True)

@@ -166,13 +166,13 @@ def test_steps_that_were_skipped_leave_no_moments(settings: Any, monkeypatch: py
     config = settings(train__max_steps=3, train__eval_every=2)
     with monkeypatch.context() as patch:
         stop_after(patch, "_optimizer_step", 2)
-        patch.setattr(loop, "causal_lm_loss", lambda m, b: (real(m, b)[0] * float("nan"), 1))
+        patch.setattr(loop, "causal_lm_loss", lambda m, b, c: (real(m, b, c)[0] * float("nan"), 1))
         assert trained(config)[0] == "interrupted"
     saved = checkpoint.newest(Path(config.output), lambda _: None)
     assert saved is not None
     assert saved.state.guard == {"bad": 2, "losses": []}
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "causal_lm_loss", lambda m, b: (real(m, b)[0] * float("nan"), 1))
+        patch.setattr(loop, "causal_lm_loss", lambda m, b, c: (real(m, b, c)[0] * float("nan"), 1))
         with pytest.raises(TrainingError, match="step 3: loss is not finite, the third step in a row"):
             trained(config, resume=True)
     assert trained(config, resume=True)[0] == "done"

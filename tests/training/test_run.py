@@ -212,9 +212,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(
 ) -> None:
     real, calls = loop.causal_lm_loss, []
 
-    def broken(model: Any, batch: Any) -> Any:
+    def broken(model: Any, batch: Any, chunk: int) -> Any:
         calls.append(1)
-        total, count = real(model, batch)
+        total, count = real(model, batch, chunk)
         return (total * float("nan"), count) if len(calls) == 3 else (total, count)  # second step, first half
 
     monkeypatch.setattr(loop, "causal_lm_loss", broken)
@@ -227,7 +227,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(
 
 def test_three_steps_in_a_row_stop_the_run(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.causal_lm_loss
-    monkeypatch.setattr(loop, "causal_lm_loss", lambda m, b: (real(m, b)[0] * float("inf"), 1))
+    monkeypatch.setattr(loop, "causal_lm_loss", lambda m, b, c: (real(m, b, c)[0] * float("inf"), 1))
     with pytest.raises(
         TrainingError,
         match=r"step 3: loss is not finite, the third step in a row \(rows .*lower train\.learning_rate",

@@ -1,7 +1,7 @@
 """The `fourbit` command: one module per subcommand, imported only when it is the one that runs.
 
 Exit codes: 0 done, 1 failed, 2 settings or arguments, 3 data, 4 model or adapter, 5 quantization,
-6 training, 7 verification, 8 export, 130 interrupted.
+6 training, 7 verification, 8 export, 9 memory, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fourbit.errors import ConfigError, FourBitError, nearest
 COMMANDS = {
     "init": "write a commented config file to start from",
     "data": "show what will be trained on, token by token",
+    "plan": "say what memory a run will take, and what fits a budget",
     "train": "fine-tune a model as a config file says",
     "eval": "score a model, and its adapter beside it",
     "chat": "talk to a model or a finished run",

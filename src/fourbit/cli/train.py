@@ -7,6 +7,8 @@ from typing import Any
 
 from fourbit.cli.common import add_config_arguments, console, print_json, read_settings
 from fourbit.cli.main import INTERRUPTED
+from fourbit.cli.plan import add_memory_argument
+from fourbit.memory.sizes import parse_size, size_text
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,6 +21,7 @@ def add_parser(subparsers: Any) -> None:
         "--output runs/tickets --set train.epochs=2",
     )
     add_config_arguments(parser)
+    add_memory_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="load and check everything, train nothing")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
@@ -31,12 +34,15 @@ def run(args: argparse.Namespace) -> int:
     from fourbit.training import run as training  # torch and transformers, only once the settings are right
 
     out = console(args.json)
+    budget = parse_size(args.memory) if args.memory else None
     if args.dry_run:
-        plan = training.dry_run(config, out)
+        plan = training.dry_run(config, out, budget)
         if args.json:
             print_json(plan)
         return 0
-    result = training.run(config, out, resume=args.resume, overwrite=args.overwrite)
+    result = training.run(
+        config, out, resume=args.resume, overwrite=args.overwrite, memory=budget, predict=True
+    )
     if args.json:
         print_json({**result.metrics, "folder": str(result.folder), "adapter": str(result.adapter)})
     else:
@@ -54,7 +60,7 @@ def _closing(metrics: dict[str, Any], stopped: str, folder: str) -> str:
     }[stopped]
     lines = [
         f"{how} after {metrics['steps']} steps, {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s "
-        f"({metrics['tokens_per_second']:,.0f} tokens/s), peak memory {metrics['peak_bytes'] / 1e9:.2f} GB"
+        f"({metrics['tokens_per_second']:,.0f} tokens/s), {_peak(metrics)}"
     ]
     if metrics["heldout_loss"] is not None:
         lines.append(f"best held-out loss {metrics['heldout_loss']:.4f} at step {metrics['best_step']}")
@@ -63,3 +69,12 @@ def _closing(metrics: dict[str, Any], stopped: str, folder: str) -> str:
     else:
         lines += [f"adapter: {folder}/adapter", f"talk to it: fourbit chat {folder}"]
     return "\n".join(lines)
+
+
+def _peak(metrics: dict[str, Any]) -> str:
+    measured, predicted = metrics["peak_bytes"], metrics.get("predicted_peak_bytes")
+    text = f"peak memory {measured / 1e9:.2f} GB"
+    if predicted is None:
+        return text
+    error = 100 * (predicted - measured) / measured
+    return f"{text} ({size_text(predicted)} predicted, {error:+.0f} %)"

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 from fourbit.diagnose.finding import Fact, Finding, Problem
+from fourbit.memory.limits import cgroup_limit, physical_memory
 
 _OLDEST_PYTHON = (3, 10)
-#: cgroup v1 writes "no limit" as a huge number of bytes.
-_NO_LIMIT = 1 << 60
 _SECONDS_FOR_NVIDIA_SMI = 10
 
 
@@ -55,47 +54,6 @@ def check_python() -> Finding:
     )
 
 
-def physical_memory() -> tuple[int, int | None]:
-    """Bytes of memory installed, and bytes available to new work (None where the system does not say)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-            return 0, None
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
-    sizes = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)}
-    return sizes["MemTotal"], sizes.get("MemAvailable")
-
-
-def cgroup_limit(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> int | None:
-    """The smallest memory limit among the control groups that hold this process, in bytes, or None.
-
-    Reads cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`), the process's own group and every
-    group above it, since any of them may be the one that ends a process.
-    """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    limits = []
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            top, file = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, file = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        folder = top / group.lstrip("/")
-        for level in (folder, *folder.parents):
-            limits.append(_limit(level / file))
-            if level == top:
-                break
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def nvidia_cards() -> list[str]:
     """Names of the NVIDIA cards that the driver lists; under WSL, a line if the driver is passed through."""
     from_driver = _driver_cards(Path("/proc/driver/nvidia/gpus"))
@@ -106,14 +64,6 @@ def nvidia_cards() -> list[str]:
         return _listed_cards(tool)
     through_wsl = Path("/dev/dxg").exists() and any(Path("/usr/lib/wsl/lib").glob("libcuda.so*"))
     return ["card of the Windows host (WSL)"] if through_wsl else []
-
-
-def _limit(file: Path) -> int | None:
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
 
 
 def _driver_cards(folder: Path) -> list[str]:

@@ -6,15 +6,15 @@ use; after torch, so that both share one OpenMP runtime. FOURBIT_ISA picks an in
 than the best this machine has.
 
 The functions take CPU tensors whose sizes and dtypes the operators have checked, and release the
-interpreter lock. They give the same bytes as `fourbit.reference`, the few-row product excepted, whose
-order of summation is its own.
+interpreter lock. Codec and dropout give the same bytes as `fourbit.reference`; the few-row product, norms
+and activations sum and approximate in their own way.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +25,28 @@ from fourbit.codebooks import dynamic_map, dynamic_thresholds
 from fourbit.errors import ConfigError
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
-_ABI = 1
+_ABI = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Strided(ctypes.Structure):
+    """FbAttentionTensor of csrc/fourbit.h."""
+
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64))
+
+
+class _Attention(ctypes.Structure):
+    """FbAttention of csrc/fourbit.h."""
+
+    _fields_ = (
+        *((name, _Strided) for name in ("q", "k", "v", "o", "grad", "dq", "dk", "dv")),
+        ("first", c_void_p),
+        ("lse", c_void_p),
+        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "length", "width")),
+        ("scale", c_float),
+        ("dtype", c_int),
+    )
+
 
 # name: result, arguments. Pointers are addresses (None is null); sizes are int64; the last int of a
 # kernel is its number of threads.
@@ -43,6 +63,12 @@ _SIGNATURES = {
     "fb_dequantize_absmax": (_I, [_P, _P, _P, _P, _N, _P, _I]),
     "fb_linear_4bit": (_I, [_P, _I, _N, _N, _N, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
     "fb_dropout": (_I, [_P, _I, _N, _N, _P, _P, _N, _N, _N, c_double, _P, _I]),
+    "fb_rms_norm": (_I, [_P, _I, _N, _N, _P, c_float, _P, _P, _I]),
+    "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),
+    "fb_gated": (_I, [_P, _P, _I, _N, _I, _P, _I]),
+    "fb_gated_grad": (_I, [_P, _P, _P, _I, _N, _I, _P, _P, _I]),
+    "fb_attention": (_I, [_P, _I]),
+    "fb_attention_grad": (_I, [_P, _I]),
 }
 
 
@@ -302,3 +328,129 @@ def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, ste
     )
     _check(status, "dropout")
     return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x weight / sqrt(mean(x^2) + eps) of the contiguous x [T, K] with weight fp32 [K].
+
+    Returns y in x's dtype, rounded once, and the factor of each row, fp32 [T], for backward.
+    """
+    y = torch.empty_like(x)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
+    status = _library().fb_rms_norm(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.shape,
+        weight.data_ptr(),
+        eps,
+        y.data_ptr(),
+        scale.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "rms_norm")
+    return y, scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The gradient in x; grad and x are contiguous, [T, K], of one dtype."""
+    grad_x = torch.empty_like(x)
+    status = _library().fb_rms_norm_grad(
+        grad.data_ptr(),
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.shape,
+        weight.data_ptr(),
+        scale.data_ptr(),
+        grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "rms_norm_backward")
+    return grad_x
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """activation(gate) * up of contiguous tensors of one shape and dtype; kind as in csrc/fourbit.h."""
+    out = torch.empty_like(gate)
+    status = _library().fb_gated(
+        gate.data_ptr(),
+        up.data_ptr(),
+        _DTYPES[gate.dtype],
+        gate.numel(),
+        kind,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "gated")
+    return out
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """The gradients in gate and up."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    status = _library().fb_gated_grad(
+        grad.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        _DTYPES[gate.dtype],
+        gate.numel(),
+        kind,
+        grad_gate.data_ptr(),
+        grad_up.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "gated_backward")
+    return grad_gate, grad_up
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention: q [B, H, T, D], k and v [B, Hkv, T, D] of one dtype, last dimensions contiguous.
+
+    first: contiguous int32 [B, T]; query t sees keys first[t] to t. D is at most 256.
+    Returns o [B, H, T, D], which lies in memory as [B, T, H, D], and the fp32 [B, H, T] that backward needs.
+    """
+    batch, heads, length, width = q.shape
+    o = torch.empty(batch, length, heads, width, dtype=q.dtype, device="cpu").transpose(1, 2)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device="cpu")
+    problem = _problem(q, k, v, o, first, lse, scale)
+    _check_attention(_library().fb_attention(ctypes.addressof(problem), torch.get_num_threads()))
+    return o, lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in q, k and v, of their shapes and strides."""
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    problem = _problem(q, k, v, o, first, lse, scale)
+    problem.grad, problem.dq, problem.dk, problem.dv = map(_strided, (grad, *grads))
+    _check_attention(_library().fb_attention_grad(ctypes.addressof(problem), torch.get_num_threads()))
+    return grads[0], grads[1], grads[2]
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, first: Tensor, lse: Tensor, scale: float
+) -> _Attention:
+    batch, heads, length, width = q.shape
+    return _Attention(
+        *map(_strided, (q, k, v, o)),
+        *(_Strided() for _ in range(4)),
+        first.data_ptr(),
+        lse.data_ptr(),
+        batch,
+        heads,
+        k.shape[1],
+        length,
+        width,
+        scale,
+        _DTYPES[q.dtype],
+    )
+
+
+def _strided(x: Tensor) -> _Strided:
+    return _Strided(x.data_ptr(), *x.stride()[:3])
+
+
+def _check_attention(status: int) -> None:
+    if status == 2:
+        raise MemoryError("attention: no memory for the keys and values of one head")
+    _check(status, "attention")

@@ -158,12 +158,18 @@ def read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> Pretrai
     return config
 
 
-def make_skeleton(source: Path, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device: names and shapes without memory. Raises ModelError."""
+def make_skeleton(
+    source: Path, config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model on the meta device: names and shapes without memory; dtype as the config says or as given.
+
+    Raises ModelError.
+    """
+    given = {} if dtype is None else {"dtype": dtype}
 
     def build() -> Any:
         with torch.device("meta"), sizes.modules_counted(source):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **given)
 
     model: PreTrainedModel = guard(source, build)
     return model

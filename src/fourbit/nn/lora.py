@@ -4,8 +4,9 @@
 
 PEFT owns configuration, names, initialisation, variants and saving; `LoraLinear` is PEFT's
 `lora.Linear` with another forward. The plain case (one active adapter, no variant) runs as one
-autograd function that saves only x and the rank-r product: W is read again from its 4-bit bytes in
-backward, and the dropout mask is made again from its keys. Every other case runs PEFT's own code.
+autograd function that saves only x (or what x is cheaply made of) and the rank-r product: W is read again
+from its 4-bit bytes in backward, and the dropout mask is made again from its keys. Every other case runs
+PEFT's own code.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fourbit import functional as F4
 from fourbit.errors import ModelError
 from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit
+from fourbit.nn.remake import Remake, remake_of
 
 
 class LoraLinear(PeftLinear):
@@ -50,6 +52,7 @@ class LoraLinear(PeftLinear):
             p,
             keys,
             self.layer_key,
+            remake_of(x),
         )
         return fused
 
@@ -123,24 +126,28 @@ class _FusedLora(torch.autograd.Function):
         p: float,
         keys: TokenKeys | None,
         layer_key: int,
+        remake: Remake | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, K]
         y = _base_product(flat, base)  # [T, N]
         low = _dropped(flat, p, keys, layer_key) @ lora_a.to(x.dtype).t()  # [T, r]
         y.addmm_(low, lora_b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, low, lora_a, lora_b)
+        ctx.save_for_backward(low, lora_a, lora_b, *([flat] if remake is None else remake.inputs))
+        ctx.remake = None if remake is None else remake.function
         ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, (p, keys, layer_key), x.shape
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, low, lora_a, lora_b = ctx.saved_tensors
+        low, lora_a, lora_b, *made_of = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # [T, N]
         a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
         grad_low = (grad @ b).mul_(ctx.scaling)  # [T, r]
         grad_b = (grad.t() @ low).to(lora_b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
         grad_a = None
         if ctx.needs_input_grad[1]:
+            x = made_of[0] if ctx.remake is None else ctx.remake(*made_of)
+            flat = x.reshape(-1, x.shape[-1])
             grad_a = (grad_low.t() @ _dropped(flat, *ctx.dropout)).to(lora_a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -150,7 +157,7 @@ class _FusedLora(torch.autograd.Function):
             else:
                 grad_x += _dropped(grad_low @ a, *ctx.dropout)
             grad_x = grad_x.reshape(ctx.shape)
-        return grad_x, grad_a, grad_b, None, None, None, None, None
+        return grad_x, grad_a, grad_b, None, None, None, None, None, None
 
 
 def _dropped(x: Tensor, p: float, keys: TokenKeys | None, layer_key: int) -> Tensor:

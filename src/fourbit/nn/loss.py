@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fourbit.config import TrainSettings
 from fourbit.shapes import with_rounded_rows
 
 IGNORED = -100
-_CHUNK_BYTES = 24 * 2**20
+#: MiB of fp32 logits that are formed at once where nothing else is asked for.
+_CHUNK: int = TrainSettings.model_fields["loss_chunk"].default
 
 
 class HasLabels(Protocol):
@@ -62,14 +64,14 @@ class Head:
         return type(self.module) is nn.Linear
 
 
-def causal_lm_loss(model: nn.Module, batch: HasLabels) -> tuple[Tensor, int]:
+def causal_lm_loss(model: nn.Module, batch: HasLabels, chunk: int = _CHUNK) -> tuple[Tensor, int]:
     """Sum of next-token losses over the labelled positions of a batch, and their number.
 
-    model: a transformers causal LM or a PEFT model around one.
+    model: a transformers causal LM or a PEFT model around one. chunk: MiB of logits formed at once.
     Returns a fp32 scalar that can be differentiated, and a count. 0 labelled positions give (0, 0).
     """
     head, hidden, targets, wanted = _predictions(model, batch)
-    return head_loss(hidden[:, :-1][wanted], head, targets[wanted])
+    return head_loss(hidden[:, :-1][wanted], head, targets[wanted], chunk)
 
 
 def row_losses(model: nn.Module, batch: HasLabels) -> tuple[list[float], list[int]]:
@@ -79,10 +81,10 @@ def row_losses(model: nn.Module, batch: HasLabels) -> tuple[list[float], list[in
         taken, labels = hidden[:, :-1][wanted], targets[wanted]
         if labels.numel() == 0:
             return [0.0] * wanted.shape[0], [0] * wanted.shape[0]
-        chunk = _chunk_rows(_vocabulary(head.module))
+        rows_at_once = _chunk_rows(_vocabulary(head.module), _CHUNK)
         losses = [
             F.cross_entropy(head.logits(part).float(), wished, reduction="none").double()
-            for part, wished in zip(taken.split(chunk), labels.split(chunk), strict=True)
+            for part, wished in zip(taken.split(rows_at_once), labels.split(rows_at_once), strict=True)
         ]
         rows = wanted.nonzero()[:, 0]
         sums = torch.zeros(wanted.shape[0], dtype=torch.float64, device=hidden.device)
@@ -90,17 +92,18 @@ def row_losses(model: nn.Module, batch: HasLabels) -> tuple[list[float], list[in
     return sums.tolist(), wanted.sum(dim=1).tolist()
 
 
-def head_loss(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, int]:
-    """Sum of losses of hidden [T, H] against labels [T], and T."""
+def head_loss(hidden: Tensor, head: Head, labels: Tensor, chunk: int = _CHUNK) -> tuple[Tensor, int]:
+    """Sum of losses of hidden [T, H] against labels [T], none of which is -100, and T."""
     if labels.numel() == 0:
         return hidden.sum() * 0.0, 0
     if head.plain and head.module.bias is None:
-        return linear_cross_entropy(hidden, head.module.weight, labels, head.scale, head.softcap)
-    rows = _chunk_rows(_vocabulary(head.module))
+        total = _summed(hidden, head.module.weight, labels, head.scale, head.softcap, chunk)
+        return total, labels.numel()
+    rows = _chunk_rows(_vocabulary(head.module), chunk)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, labels.numel(), rows):
-        chunk = slice(start, start + rows)
-        total = total + checkpoint(_module_loss, head, hidden[chunk], labels[chunk], use_reentrant=False)
+        part = slice(start, start + rows)
+        total = total + checkpoint(_module_loss, head, hidden[part], labels[part], use_reentrant=False)
     return total, labels.numel()
 
 
@@ -115,8 +118,20 @@ def linear_cross_entropy(
     keep = labels != IGNORED
     if not bool(keep.all()):
         hidden, labels = hidden[keep], labels[keep]
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, scale, softcap)  # type: ignore[no-untyped-call]
-    return total, labels.numel()
+    return _summed(hidden, weight, labels, scale, softcap), labels.numel()
+
+
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    chunk: int = _CHUNK,
+) -> Tensor:
+    rows = _chunk_rows(weight.shape[0], chunk)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, scale, softcap, rows)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _predictions(model: nn.Module, batch: HasLabels) -> tuple[Head, Tensor, Tensor, Tensor]:
@@ -148,14 +163,19 @@ def split_model(model: nn.Module) -> tuple[nn.Module, Head]:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        softcap: float | None,
+        rows: int,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         matrix = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = _chunk_rows(weight.shape[0])
         for start in range(0, labels.numel(), rows):
             chunk = slice(start, start + rows)
             taken = hidden[chunk]
@@ -182,7 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _loss_and_gradient(
@@ -214,5 +234,5 @@ def _vocabulary(module: nn.Module) -> int:
     return int(getattr(module, "out_features", 32_768))
 
 
-def _chunk_rows(vocabulary: int) -> int:
-    return max(1, _CHUNK_BYTES // (4 * vocabulary))
+def _chunk_rows(vocabulary: int, chunk: int) -> int:
+    return max(1, chunk * 2**20 // (4 * vocabulary))

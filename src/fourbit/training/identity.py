@@ -4,7 +4,7 @@ A checkpoint records the settings and the identity of its run: hashes of the bas
 device, threads, instruction set, versions. `--resume` compares them with what it finds. The rule: a setting
 may change where a run under the new settings would have come through this very checkpoint. So these may:
 
-- what writes more or less: tensorboard, keep_checkpoints
+- what writes more or less: tensorboard, keep_checkpoints; and compact_heap
 - paths, and every setting of the data, while base and rows are the same by content
 - epochs, max_steps, warmup_ratio, schedule, learning_rate, while no finished step's learning rate changes
   and the end is not before the checkpoint (so more steps under a constant schedule without warmup)
@@ -34,7 +34,7 @@ from fourbit.training.schedule import learning_rate
 
 _LIBRARIES = ("fourbit", "torch", "transformers", "peft")
 _SECTIONS = ("model", "lora", "data", "train")
-_MAY_CHANGE = ("train.tensorboard", "train.keep_checkpoints")
+_MAY_CHANGE = ("train.tensorboard", "train.keep_checkpoints", "train.compact_heap")
 _BASE = ("model.path", "model.revision", "model.quant_type", "model.block_size", "model.double_quant")
 #: What is compared by content or as resolved, and how the names of the settings begin that choose it.
 _CHOSEN_BY: dict[str, tuple[str, ...]] = {

@@ -82,6 +82,12 @@ def checkpoint_activations(base: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def keep_activations(base: PreTrainedModel) -> None:
+    """Keep what backward reads, and recompute nothing."""
+    disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+    disable()
+
+
 def run_loop(
     work: Work,
     metrics: MetricsWriter,
@@ -117,7 +123,7 @@ def run_loop(
         state = checkpoint.State(progress, guard.state(), size, record.settings, record.identity)
         checkpoint.save(work.folder, model, optimizer, state, settings.keep_checkpoints)
 
-    _train_mode(model)
+    train_mode(model)
     began = time.monotonic()
     with _interrupt_flag() as interrupted, repeatable(work.device, settings.deterministic):
         if _is_evaluation_due(progress, settings, total):  # an interrupt came before it
@@ -226,7 +232,7 @@ def _optimizer_step(
         if keys is not None:
             keys.set(work.settings.seed, step, batch.rows, batch.position_ids)
         with _autocast(work):
-            loss_sum, _ = causal_lm_loss(work.model, batch)
+            loss_sum, _ = causal_lm_loss(work.model, batch, work.settings.loss_chunk)
         (loss_sum / labelled).backward()
         loss += loss_sum.item() / labelled
     if keys is not None:
@@ -263,7 +269,7 @@ def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter,
     work.model.eval()
     with _autocast(work):
         result = heldout_loss(work.model, work.heldout, work.pad_id)
-    _train_mode(work.model)
+    train_mode(work.model)
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
         progress.best_loss, progress.best_step, progress.evaluations_since_best = (
@@ -278,7 +284,7 @@ def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter,
     line.note(f"step {progress.step}: held-out loss {result.loss:.4f}{' (best so far)' if better else ''}")
 
 
-def _train_mode(model: nn.Module) -> None:
+def train_mode(model: nn.Module) -> None:
     """Training mode, with dropout in adapters only: the frozen base's own dropout is not keyed."""
     model.train()
     adapter_dropouts = {

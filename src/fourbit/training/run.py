@@ -25,12 +25,17 @@ from fourbit.data.encode import Encoded
 from fourbit.data.gate import prepare
 from fourbit.data.read import read_rows
 from fourbit.errors import ConfigError, nearest
-from fourbit.memory.measure import peak_bytes, release_free_memory
+from fourbit.kernels import native
+from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory
+from fourbit.memory.show import print_plan
+from fourbit.memory.sizes import size_text
 from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
-from fourbit.nn.attention import use_short_attention
+from fourbit.nn.attention import use_tiled_attention
+from fourbit.nn.fused import fuse
 from fourbit.training import checkpoint, durable, identity
+from fourbit.training.budget import Budget, open_budget, prediction, with_choice
 from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter
@@ -90,24 +95,41 @@ def train(
     return fit(model, tokenizer, resolve(tree, "fourbit.train"), console or Console(), resume, overwrite)
 
 
-def run(config: RunConfig, console: Console, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Load the base, attach the adapter and train, all as the settings say."""
+def run(
+    config: RunConfig,
+    console: Console,
+    resume: bool = False,
+    overwrite: bool = False,
+    memory: int | None = None,
+    predict: bool = False,
+) -> RunResult:
+    """Load the base, attach the adapter and train, all as the settings say.
+
+    memory   bytes to stay below, for which micro_batch, activation_checkpointing, loss_chunk and compact_heap
+             are chosen; raises MemoryBudgetError before the start where that cannot be
+    predict  plan the memory without a budget too, refuse what exceeds the machine's, keep the plan
+    """
     folder = Path(config.output)
     check_folder(folder, resume, overwrite)
     check_free(folder)
     _check_data(config)
     if resume:
         config = with_measured_dtype(folder, config)
+    budget = open_budget(config, memory, console) if predict or memory is not None else None
     model, tokenizer = prepare_model(config, console)
-    return fit(model, tokenizer, config, console, resume, overwrite)
+    return fit(model, tokenizer, config, console, resume, overwrite, budget)
 
 
-def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
+def dry_run(config: RunConfig, console: Console, memory: int | None = None) -> dict[str, Any]:
     """Load and check model and data, show the resolved settings, train and write nothing."""
     console.print(dump_config(config), highlight=False, soft_wrap=True)
     _check_data(config)
+    budget = open_budget(config, memory, console)
     model, tokenizer = prepare_model(config, console)
     encoded, examples, heldout = prepare_data(config, tokenizer, console)
+    plan = budget.plan(examples, heldout, len(tokenizer)) if budget is not None else None
+    if plan is not None:
+        print_plan(plan, console)
     trainable, total = parameter_counts(model)
     steps = steps_in_run(len(examples), config.train)
     console.print(
@@ -124,6 +146,7 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
         "steps": steps,
         "trainable_parameters": trainable,
         "parameters": total,
+        **prediction(plan),
     }
 
 
@@ -186,6 +209,7 @@ def fit(
     console: Console,
     resume: bool = False,
     overwrite: bool = False,
+    budget: Budget | None = None,
 ) -> RunResult:
     """Train a loaded model as configured. Afterwards it holds the weights that were saved as the best.
 
@@ -196,7 +220,7 @@ def fit(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing in this model is trainable; attach an adapter with fourbit.add_lora first")
     with hold(folder):
-        return _fit_locked(model, tokenizer, config, console, resume, overwrite)
+        return _fit_locked(model, tokenizer, config, console, resume, overwrite, budget)
 
 
 def _fit_locked(
@@ -206,10 +230,19 @@ def _fit_locked(
     console: Console,
     resume: bool,
     overwrite: bool,
+    budget: Budget | None,
 ) -> RunResult:
     folder = Path(config.output)
     check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
     _, examples, heldout = prepare_data(config, tokenizer, console)
+    plan = None
+    if budget is not None:
+        with console.status("planning memory"):
+            plan = budget.plan(examples, heldout, len(tokenizer))
+        config = with_choice(config, plan.choice)
+        console.print(
+            f"memory: {size_text(plan.peak)} predicted, {plan.choice.text()}", highlight=False, soft_wrap=True
+        )
     work = _work(model, tokenizer, config, examples, heldout)
     total = steps_in_run(len(examples), config.train)
     with console.status("reading what the run is made of"):
@@ -230,9 +263,13 @@ def _fit_locked(
         highlight=False,
     )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    use_short_attention(base)
+    if config.train.fused and work.device.type == "cpu" and native.available():
+        use_tiled_attention(base)
+        console.print(fuse(base).line(), highlight=False, soft_wrap=True)
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
+    if config.train.compact_heap:
+        compact_heap()
     release_free_memory()
     done = 0 if resume_from is None else resume_from.state.progress.step
     metrics = MetricsWriter(folder, config.train.tensorboard, done)
@@ -248,7 +285,7 @@ def _fit_locked(
     if not isinstance(model, PeftModel) and outcome.progress.best_step:
         # A whole model is loaded with its tokenizer.
         tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
-    summary = _summary(model, work, outcome)
+    summary = {**_summary(model, work, outcome), **prediction(plan)}
     with durable.disk_errors(str(folder / "summary.json")):
         durable.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_record([folder, folder / checkpoint.ADAPTER], config, sources, summary)

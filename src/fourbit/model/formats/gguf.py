@@ -38,7 +38,8 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer and its chat template from the file's metadata.
 
     transformers knows only some of the ways to split text that a file can name, and splits as GPT-2 does
-    otherwise; here the file's own is set. Raises ModelError for a way that is not known.
+    otherwise, and its versions differ in what else they take from the file; here the file's own split and
+    its first and last token are set. Raises ModelError for a way to split that is not known.
     """
     check_gguf(file)
     tokenizer: Any = _guard(
@@ -54,8 +55,12 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
             f"{file}: its tokenizer splits text as '{name}', which is not known here; "
             "give the original model folder"
         )
-    tokenizer.backend_tokenizer.pre_tokenizer = pretokenizers.build(split)
-    tokenizer.backend_tokenizer.model.ignore_merges = split.ignore_merges
+    pretokenizers.apply(split, tokenizer.backend_tokenizer)
+    for name in ("bos", "eos"):
+        field = reader.get_field(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            setattr(tokenizer, f"{name}_token", token)
     return tokenizer
 
 

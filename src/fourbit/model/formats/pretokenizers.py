@@ -11,10 +11,11 @@ say) belongs to the name as well.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
 _GPT2 = "byte-level"  # the split that ByteLevel(use_regex=True) does itself
 _DIGITS = "digits, then byte-level"
@@ -71,6 +72,21 @@ def build(split: Split) -> Any:
     isolated = pre_tokenizers.Split(Regex(split.pattern), behavior="isolated")
     return pre_tokenizers.Sequence(
         [isolated, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+def apply(split: Split, backend: Tokenizer) -> None:
+    """Make a tokenizer byte-level BPE with this split, whatever a version of transformers took it for."""
+    backend.pre_tokenizer = build(split)
+    backend.decoder = decoders.ByteLevel()
+    if json.loads(backend.to_str())["normalizer"] == {"type": "Sequence", "normalizers": []}:
+        backend.normalizer = None
+    model: Any = backend.model
+    model.ignore_merges, model.byte_fallback, model.fuse_unk, model.unk_token = (
+        split.ignore_merges,
+        False,
+        False,
+        None,
     )
 
 

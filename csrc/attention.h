@@ -1,0 +1,334 @@
+// Causal attention in tiles of 64 queries and 64 keys (arXiv:2205.14135): source that each instruction set
+// compiles with a `Math` of its own, which says how operands are held and multiplied.
+//
+//   forward   S = scale Q K^T,  P = softmax(S),  O = P V,  lse = log sum exp S
+//   backward  P = exp(S - lse), dP = dO V^T, dS = scale P (dP - rowsum(dO O)),
+//             dQ = dS K, dK = dS^T Q, dV = P^T dO
+//
+// Query t sees keys first[t] to t. All products are C[m, n] = A[m, k] B[k, n] with A in rows and B packed;
+// sums are fp32. P and dS are rounded to the operand type, nothing else is.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "exponential.h"
+#include "kernels.h"
+
+namespace {
+
+constexpr int64_t TILE = ATTENTION_TILE;
+// Instead of -inf, whose differences are NaN.
+constexpr float UNSEEN = -1e30f;
+
+template <class Math>
+struct Attention {
+    using Operand = typename Math::Operand;
+    static constexpr int64_t MAX_WIDTH = ATTENTION_MAX_WIDTH;
+
+    static int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
+
+    // Rows of x as operand rows of `padded(width)`, zeros beyond count and width.
+    static void read_rows(const AttentionTensor& x, int dtype, int64_t row, int64_t count, int64_t width, Operand* out) {
+        const int64_t wide = padded(width);
+        for (int64_t i = 0; i < TILE; ++i, out += wide) {
+            int64_t d = 0;
+            if (i < count) {
+                const char* source = static_cast<const char*>(x.data) + (row + i) * x.row_bytes;
+                Math::convert(source, dtype, width, out);
+                d = width;
+            }
+            for (; d < wide; ++d) out[d] = Operand(0);
+        }
+    }
+
+    // Scratch of one thread.
+    struct Scratch {
+        Operand* rows[2];     // [TILE, wide]: a tile of queries, of output gradients
+        Operand* columns[2];  // [wide, TILE]: the same transposed
+        Operand* p;           // [TILE, TILE], and so the others
+        Operand* ds;
+        Operand* packed;
+        float* s;
+        float* dp;
+        float* acc;  // [TILE, wide]
+    };
+
+    static Scratch scratch(char* at, int64_t wide) {
+        Scratch made;
+        const auto take = [&](int64_t bytes) {
+            char* found = at;
+            at += (bytes + 63) / 64 * 64;
+            return found;
+        };
+        for (auto& place : made.rows) place = reinterpret_cast<Operand*>(take(TILE * wide * sizeof(Operand)));
+        for (auto& place : made.columns) place = reinterpret_cast<Operand*>(take(TILE * wide * sizeof(Operand)));
+        for (Operand** place : {&made.p, &made.ds, &made.packed})
+            *place = reinterpret_cast<Operand*>(take(TILE * TILE * sizeof(Operand)));
+        for (float** place : {&made.s, &made.dp}) *place = reinterpret_cast<float*>(take(TILE * TILE * sizeof(float)));
+        made.acc = reinterpret_cast<float*>(take(TILE * wide * sizeof(float)));
+        return made;
+    }
+
+    // The first tile of keys that queries row to row + count see.
+    static int64_t first_tile(const AttentionHead& h, int64_t row, int64_t count) {
+        int64_t least = row;
+        for (int64_t i = 0; i < count; ++i) least = std::min<int64_t>(least, h.first[row + i]);
+        return least / TILE;
+    }
+
+    // s = scale s, and UNSEEN where a query does not see a key.
+    static void scale_and_mask(const AttentionHead& h, int64_t row, int64_t count, int64_t key, float* s) {
+        for (int64_t i = 0; i < count; ++i) {
+            float* line = s + i * TILE;
+            for (int64_t j = 0; j < TILE; ++j) line[j] *= h.scale;
+            const int64_t from = std::clamp<int64_t>(h.first[row + i] - key, 0, TILE);
+            const int64_t to = std::clamp<int64_t>(row + i - key + 1, 0, TILE);
+            for (int64_t j = 0; j < from; ++j) line[j] = UNSEEN;
+            for (int64_t j = to; j < TILE; ++j) line[j] = UNSEEN;
+        }
+    }
+
+    // Packs K^T (for S) and V (for O) of one key-value head: per tile of keys, wide x TILE and TILE x wide.
+    static void pack_forward(const AttentionHead& h, Operand* keys, Operand* values, Operand* rows) {
+        const int64_t wide = padded(h.width);
+        for (int64_t row = 0; row < h.length; row += TILE, keys += TILE * wide, values += TILE * wide) {
+            const int64_t count = std::min(TILE, h.length - row);
+            read_rows(h.k, h.dtype, row, count, h.width, rows);
+            Math::pack_transposed(rows, wide, keys);
+            read_rows(h.v, h.dtype, row, count, h.width, rows);
+            Math::pack(rows, wide, values);
+        }
+    }
+
+    // One tile of queries of one head; `keys` and `values` as pack_forward leaves them.
+    static void forward(const AttentionHead& h, int64_t row, const Operand* keys, const Operand* values, char* room) {
+        const int64_t wide = padded(h.width), count = std::min(TILE, h.length - row);
+        const Scratch at = scratch(room, wide);
+        float top[TILE], sum[TILE];
+        std::fill(top, top + TILE, UNSEEN);
+        std::fill(sum, sum + TILE, 0.0f);
+        std::memset(at.acc, 0, size_t(TILE * wide) * sizeof(float));
+        read_rows(h.q, h.dtype, row, count, h.width, at.rows[0]);
+        for (int64_t tile = first_tile(h, row, count); tile * TILE < row + count; ++tile) {
+            Math::multiply(at.rows[0], TILE, wide, keys + tile * TILE * wide, TILE, at.s, false);
+            scale_and_mask(h, row, count, tile * TILE, at.s);
+            for (int64_t i = 0; i < count; ++i) {
+                const float* s = at.s + i * TILE;
+                float lanes[16];
+                for (int lane = 0; lane < 16; ++lane) lanes[lane] = s[lane];
+                for (int64_t j = 16; j < TILE; j += 16)
+                    for (int lane = 0; lane < 16; ++lane) lanes[lane] = std::max(lanes[lane], s[j + lane]);
+                float highest = top[i];
+                for (const float lane : lanes) highest = std::max(highest, lane);
+                if (highest > top[i]) {
+                    const float fade = exponential(top[i] - highest);
+                    sum[i] *= fade;
+                    for (int64_t d = 0; d < wide; ++d) at.acc[i * wide + d] *= fade;
+                    top[i] = highest;
+                }
+                sum[i] += Math::exponentials(s, highest, at.p + i * TILE);
+            }
+            for (int64_t i = count; i < TILE; ++i) std::memset(at.p + i * TILE, 0, TILE * sizeof(Operand));
+            Math::multiply(at.p, TILE, TILE, values + tile * TILE * wide, wide, at.acc, true);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const float share = 1.0f / sum[i];
+            char* out = static_cast<char*>(h.o.data) + (row + i) * h.o.row_bytes;
+            for (int64_t d = 0; d < h.width; ++d) store_value(out, h.dtype, d, at.acc[i * wide + d] * share);
+            h.lse[row + i] = top[i] + std::log(sum[i]);
+        }
+    }
+
+    // All of one key-value head: dK, dV and the dQ of its `group` query heads, heads[0] to heads[group - 1].
+    // `packs` holds three packs of the whole head, `sums` fp32 [2, tiles, wide, TILE], dq [TILE, wide].
+    static void backward(const AttentionHead* heads, int64_t group, Operand* packs, float* sums, float* dq, char* room) {
+        const AttentionHead& kv = heads[0];
+        const int64_t wide = padded(kv.width), tiles = (kv.length + TILE - 1) / TILE, all = tiles * TILE * wide;
+        const Scratch at = scratch(room, wide);
+        Operand *keys_t = packs, *keys = packs + all, *values_t = packs + 2 * all;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t row = tile * TILE, count = std::min(TILE, kv.length - row);
+            read_rows(kv.k, kv.dtype, row, count, kv.width, at.rows[0]);
+            Math::pack_transposed(at.rows[0], wide, keys_t + row * wide);
+            Math::pack(at.rows[0], wide, keys + row * wide);
+            read_rows(kv.v, kv.dtype, row, count, kv.width, at.rows[0]);
+            Math::pack_transposed(at.rows[0], wide, values_t + row * wide);
+        }
+        float *dk = sums, *dv = sums + all;
+        std::memset(sums, 0, size_t(2 * all) * sizeof(float));
+        for (int64_t g = 0; g < group; ++g) {
+            const AttentionHead& h = heads[g];
+            for (int64_t row = 0; row < h.length; row += TILE) {
+                const int64_t count = std::min(TILE, h.length - row);
+                float inner[TILE];
+                read_rows(h.q, h.dtype, row, count, h.width, at.rows[0]);
+                read_rows(h.grad, h.dtype, row, count, h.width, at.rows[1]);
+                for (int side : {0, 1}) transpose(at.rows[side], TILE, wide, at.columns[side]);
+                for (int64_t i = 0; i < count; ++i) inner[i] = row_product(h, row + i);
+                std::memset(dq, 0, size_t(TILE * wide) * sizeof(float));
+                for (int64_t tile = first_tile(h, row, count); tile * TILE < row + count; ++tile) {
+                    const int64_t key = tile * TILE;
+                    Math::multiply(at.rows[0], TILE, wide, keys_t + key * wide, TILE, at.s, false);
+                    Math::multiply(at.rows[1], TILE, wide, values_t + key * wide, TILE, at.dp, false);
+                    scale_and_mask(h, row, count, key, at.s);
+                    for (int64_t i = 0; i < count; ++i)
+                        Math::gradients(at.s + i * TILE, at.dp + i * TILE, h.lse[row + i], inner[i], h.scale,
+                                        at.p + i * TILE, at.ds + i * TILE);
+                    for (int64_t i = count; i < TILE; ++i) {
+                        std::memset(at.p + i * TILE, 0, TILE * sizeof(Operand));
+                        std::memset(at.ds + i * TILE, 0, TILE * sizeof(Operand));
+                    }
+                    Math::multiply(at.ds, TILE, TILE, keys + key * wide, wide, dq, true);
+                    // Transposed, dV^T = dO^T P and dK^T = Q^T dS: what changes from tile to tile is packed,
+                    // which is cheap, and what is transposed stays for all tiles.
+                    Math::pack(at.p, TILE, at.packed);
+                    Math::multiply(at.columns[1], wide, TILE, at.packed, TILE, dv + key * wide, true);
+                    Math::pack(at.ds, TILE, at.packed);
+                    Math::multiply(at.columns[0], wide, TILE, at.packed, TILE, dk + key * wide, true);
+                }
+                write_rows(dq, wide, h.dq, h.dtype, row, count, h.width);
+            }
+        }
+        for (int64_t row = 0; row < kv.length; row += TILE) {
+            const int64_t count = std::min(TILE, kv.length - row);
+            transpose(dk + row * wide, wide, TILE, at.acc);
+            write_rows(at.acc, wide, kv.dk, kv.dtype, row, count, kv.width);
+            transpose(dv + row * wide, wide, TILE, at.acc);
+            write_rows(at.acc, wide, kv.dv, kv.dtype, row, count, kv.width);
+        }
+    }
+
+    // x [rows, columns] to [columns, rows]
+    template <class Value>
+    static void transpose(const Value* x, int64_t rows, int64_t columns, Value* out) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; ++j) out[j * rows + i] = x[i * columns + j];
+    }
+
+    static float row_product(const AttentionHead& h, int64_t row) {
+        const char* grad = static_cast<const char*>(h.grad.data) + row * h.grad.row_bytes;
+        const char* out = static_cast<const char*>(h.o.data) + row * h.o.row_bytes;
+        float sum = 0;
+        for (int64_t d = 0; d < h.width; ++d) sum += load_value(grad, h.dtype, d) * load_value(out, h.dtype, d);
+        return sum;
+    }
+
+    static void write_rows(const float* from, int64_t wide, const AttentionTensor& to, int dtype, int64_t row,
+                           int64_t count, int64_t width) {
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t d = 0; d < width; ++d)
+                store_value(static_cast<char*>(to.data) + (row + i) * to.row_bytes, dtype, d, from[i * wide + d]);
+    }
+};
+
+// The passes over scores, for operands that are fp32 (`Operand` float) or bf16 (uint16_t).
+template <class Operand>
+inline Operand to_operand(float value) {
+    if constexpr (sizeof(Operand) == 4) return value;
+    const uint32_t bits = bits_of(value);  // finite
+    return Operand((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class Operand>
+struct Passes {
+    static void convert(const void* source, int dtype, int64_t n, Operand* out) {
+        if (sizeof(Operand) == 2 && dtype == BF16) {
+            std::memcpy(out, source, size_t(n) * 2);
+        } else {
+            for (int64_t i = 0; i < n; ++i) out[i] = to_operand<Operand>(load_value(source, dtype, i));
+        }
+    }
+
+    // p = exp(s - highest), rounded; returns the fp32 sum.
+    static float exponentials(const float* s, float highest, Operand* p) {
+        float values[TILE], lanes[16] = {};
+        for (int64_t j = 0; j < TILE; ++j) {
+            values[j] = s[j] <= UNSEEN ? 0.0f : exponential(s[j] - highest);
+            p[j] = to_operand<Operand>(values[j]);
+        }
+        for (int64_t j = 0; j < TILE; j += 16)
+            for (int lane = 0; lane < 16; ++lane) lanes[lane] += values[j + lane];
+        float sum = 0;
+        for (const float lane : lanes) sum += lane;
+        return sum;
+    }
+
+    static void gradients(const float* s, const float* dp, float lse, float inner, float scale, Operand* p, Operand* ds) {
+        for (int64_t j = 0; j < TILE; ++j) {
+            const float value = s[j] <= UNSEEN ? 0.0f : exponential(s[j] - lse);
+            p[j] = to_operand<Operand>(value);
+            ds[j] = to_operand<Operand>(value * (dp[j] - inner) * scale);
+        }
+    }
+
+};
+
+// fp32 operands in vectors V. B is packed as it lies: [k, n].
+template <class V>
+struct WideMath : Passes<float> {
+    using Operand = float;
+
+    static void pack(const float* rows, int64_t wide, float* out) {
+        std::memcpy(out, rows, size_t(TILE * wide) * sizeof(float));
+    }
+
+    // rows [TILE, wide] to [wide, TILE]
+    static void pack_transposed(const float* rows, int64_t wide, float* out) {
+        for (int64_t d = 0; d < wide; ++d)
+            for (int64_t i = 0; i < TILE; ++i) out[d * TILE + i] = rows[i * wide + d];
+    }
+
+    // c [m, n] (+)= a [m, k] b [k, n]; m and n are multiples of 16.
+    static void multiply(const float* a, int64_t m, int64_t k, const float* b, int64_t n, float* c, bool add) {
+        int64_t j = 0;
+        for (; j + V::COLUMNS <= n; j += V::COLUMNS) columns<V::VECTORS>(a, m, k, b + j, n, c + j, add);
+        for (; j < n; j += 16) columns<16 / V::WIDTH>(a, m, k, b + j, n, c + j, add);
+    }
+
+    template <int VECTORS>
+    static void columns(const float* a, int64_t m, int64_t k, const float* b, int64_t n, float* c, bool add) {
+        constexpr int ROWS = V::ROWS;
+        static_assert(16 % ROWS == 0, "sixteen rows are cut into whole registers");
+        for (int64_t i = 0; i < m; i += ROWS) {
+            typename V::Vector sums[ROWS][VECTORS];
+            for (int r = 0; r < ROWS; ++r)
+                for (int v = 0; v < VECTORS; ++v)
+                    sums[r][v] = add ? V::load(c + (i + r) * n + v * V::WIDTH) : V::zero();
+            for (int64_t kk = 0; kk < k; ++kk) {
+                typename V::Vector line[VECTORS];
+                for (int v = 0; v < VECTORS; ++v) line[v] = V::load(b + kk * n + v * V::WIDTH);
+                for (int r = 0; r < ROWS; ++r) {
+                    const typename V::Vector x = V::broadcast(a + (i + r) * k + kk);
+                    for (int v = 0; v < VECTORS; ++v) sums[r][v] = V::fma(x, line[v], sums[r][v]);
+                }
+            }
+            for (int r = 0; r < ROWS; ++r)
+                for (int v = 0; v < VECTORS; ++v) V::store(c + (i + r) * n + v * V::WIDTH, sums[r][v]);
+        }
+    }
+};
+
+// What an instruction set exports; see kernels.h.
+template <class Math>
+struct AttentionExport {
+    using Operand = typename Math::Operand;
+
+    static void pack(const AttentionHead& h, void* keys, void* values, char* room) {
+        Attention<Math>::pack_forward(h, static_cast<Operand*>(keys), static_cast<Operand*>(values),
+                                      reinterpret_cast<Operand*>(room));
+    }
+
+    static void forward(const AttentionHead& h, int64_t row, const void* keys, const void* values, char* room) {
+        Attention<Math>::forward(h, row, static_cast<const Operand*>(keys), static_cast<const Operand*>(values), room);
+    }
+
+    static void backward(const AttentionHead* heads, int64_t group, void* packs, float* sums, float* dq, char* room) {
+        Attention<Math>::backward(heads, group, static_cast<Operand*>(packs), sums, dq, room);
+    }
+
+    static constexpr AttentionKernels kernels = {sizeof(Operand), pack, forward, backward};
+};
+
+}  // namespace

@@ -1,0 +1,69 @@
+// RMS norm and gated activations: argument checks and the split over threads.
+#include <algorithm>
+
+#include "convert.h"
+#include "fourbit.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace {
+
+// Values per task: enough to be worth a thread, few enough to stay in its cache.
+constexpr int64_t TASK = 1 << 14;
+
+// Calls `body` for each of T rows of K values.
+template <class Body>
+void each_row(int64_t T, int64_t K, int threads, const Body& body) {
+    const int64_t per_task = std::max<int64_t>(1, TASK / std::max<int64_t>(1, K));
+    parallel_for(ceil_div(T, per_task), threads, [&](int64_t task) {
+        for (int64_t t = task * per_task; t < std::min(T, (task + 1) * per_task); ++t) body(t);
+    });
+}
+
+const char* at(const void* base, int64_t index, int dtype) {
+    return static_cast<const char*>(base) + index * dtype_bytes(dtype);
+}
+
+char* at(void* base, int64_t index, int dtype) { return static_cast<char*>(base) + index * dtype_bytes(dtype); }
+
+}  // namespace
+
+int fb_rms_norm(const void* x, int dtype, int64_t T, int64_t K, const float* weight, float eps, void* y,
+                float* scale, int threads) {
+    if (!known_dtype(dtype) || T < 0 || K <= 0) return 1;
+    each_row(T, K, threads, [&](int64_t t) {
+        kernels().rms_norm({at(x, t * K, dtype), nullptr, weight, at(y, t * K, dtype), scale + t, dtype, K, eps});
+    });
+    return 0;
+}
+
+int fb_rms_norm_grad(const void* grad, const void* x, int dtype, int64_t T, int64_t K, const float* weight,
+                     float* scale, void* grad_x, int threads) {
+    if (!known_dtype(dtype) || T < 0 || K <= 0) return 1;
+    each_row(T, K, threads, [&](int64_t t) {
+        kernels().rms_norm_grad({at(x, t * K, dtype), at(grad, t * K, dtype), weight, at(grad_x, t * K, dtype),
+                                 scale + t, dtype, K, 0.0f});
+    });
+    return 0;
+}
+
+int fb_gated(const void* gate, const void* up, int dtype, int64_t n, int kind, void* out, int threads) {
+    if (!known_dtype(dtype) || n < 0 || kind < SILU || kind > GELU_TANH) return 1;
+    parallel_for(ceil_div(n, TASK), threads, [&](int64_t task) {
+        const int64_t i = task * TASK;
+        kernels().gated({at(gate, i, dtype), at(up, i, dtype), nullptr, at(out, i, dtype), nullptr, nullptr, dtype,
+                         kind, std::min(TASK, n - i)});
+    });
+    return 0;
+}
+
+int fb_gated_grad(const void* grad, const void* gate, const void* up, int dtype, int64_t n, int kind,
+                  void* grad_gate, void* grad_up, int threads) {
+    if (!known_dtype(dtype) || n < 0 || kind < SILU || kind > GELU_TANH) return 1;
+    parallel_for(ceil_div(n, TASK), threads, [&](int64_t task) {
+        const int64_t i = task * TASK;
+        kernels().gated_grad({at(gate, i, dtype), at(up, i, dtype), at(grad, i, dtype), nullptr,
+                              at(grad_gate, i, dtype), at(grad_up, i, dtype), dtype, kind, std::min(TASK, n - i)});
+    });
+    return 0;
+}

@@ -1,0 +1,139 @@
+// RMS norm and gated activations, forward and backward, one row at a time: portable source that each
+// instruction set compiles with its own flags.
+//
+// Sums run over sixteen lanes in a fixed order and nothing is contracted, so that every instruction set
+// gives the same bits. Arithmetic is fp32; results are rounded once.
+#pragma once
+
+#include <cmath>
+
+#include "convert.h"
+#include "exponential.h"
+#include "kernels.h"
+
+namespace {
+
+constexpr int LANES = 16;
+
+template <int DTYPE>
+inline float load_as(const void* source, int64_t i) {
+    if constexpr (DTYPE == FP32) return static_cast<const float*>(source)[i];
+    const uint16_t half = static_cast<const uint16_t*>(source)[i];
+    if constexpr (DTYPE == BF16) return from_bf16(half);
+    return from_fp16(half);
+}
+
+// Rounding of finite values; a NaN stays one.
+template <int DTYPE>
+inline void store_as(void* target, int64_t i, float value) {
+    if constexpr (DTYPE == FP32) {
+        static_cast<float*>(target)[i] = value;
+    } else if constexpr (DTYPE == BF16) {
+        const uint32_t bits = bits_of(value);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+        static_cast<uint16_t*>(target)[i] = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0 : rounded);
+    } else {
+        static_cast<uint16_t*>(target)[i] = to_fp16(value);
+    }
+}
+
+// The sum of term(k) over k < K.
+template <class Term>
+inline float lane_sum(int64_t K, const Term& term) {
+    float lanes[LANES] = {};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES)
+        for (int lane = 0; lane < LANES; ++lane) lanes[lane] += term(k + lane);
+    for (int lane = 0; k < K; ++k, ++lane) lanes[lane] += term(k);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+struct Activated {
+    float value, slope;
+};
+
+// The activation of g and its derivative.
+template <int KIND>
+inline Activated activate(float g) {
+    if constexpr (KIND == SILU) {
+        const float sigmoid = 1.0f / (1.0f + exponential(-g));
+        return {g * sigmoid, sigmoid * (1.0f + g * (1.0f - sigmoid))};
+    } else {  // GELU_TANH
+        constexpr float C = 0.797884561f, D = 0.044715f;
+        const float square = g * g, inner = C * (g + D * g * square);
+        const float tanh = 1.0f - 2.0f / (exponential(2.0f * inner) + 1.0f);
+        return {0.5f * g * (1.0f + tanh),
+                0.5f * (1.0f + tanh) + 0.5f * g * (1.0f - tanh * tanh) * C * (1.0f + 3.0f * D * square)};
+    }
+}
+
+template <int DTYPE>
+void rms_norm_row(const NormRow& row) {
+    const float squares = lane_sum(row.K, [&](int64_t k) {
+        const float value = load_as<DTYPE>(row.x, k);
+        return value * value;
+    });
+    const float scale = 1.0f / std::sqrt(squares / float(row.K) + row.eps);
+    for (int64_t k = 0; k < row.K; ++k) store_as<DTYPE>(row.y, k, load_as<DTYPE>(row.x, k) * scale * row.weight[k]);
+    *row.scale = scale;
+}
+
+template <int DTYPE>
+void rms_norm_grad_row(const NormRow& row) {
+    const float scale = *row.scale;
+    const float inner = lane_sum(row.K, [&](int64_t k) {
+        return load_as<DTYPE>(row.grad, k) * row.weight[k] * load_as<DTYPE>(row.x, k);
+    });
+    // d/dx of x s(x): s g w - x s^3 <g w, x> / K
+    const float along = scale * scale * scale * (inner / float(row.K));
+    for (int64_t k = 0; k < row.K; ++k)
+        store_as<DTYPE>(row.y, k,
+                        scale * (load_as<DTYPE>(row.grad, k) * row.weight[k]) - along * load_as<DTYPE>(row.x, k));
+}
+
+template <int DTYPE, int KIND>
+void gated_run(const GatedRun& run) {
+    for (int64_t i = 0; i < run.n; ++i)
+        store_as<DTYPE>(run.out, i, activate<KIND>(load_as<DTYPE>(run.gate, i)).value * load_as<DTYPE>(run.up, i));
+}
+
+template <int DTYPE, int KIND>
+void gated_grad_run(const GatedRun& run) {
+    for (int64_t i = 0; i < run.n; ++i) {
+        const float grad = load_as<DTYPE>(run.grad, i), up = load_as<DTYPE>(run.up, i);
+        const Activated at = activate<KIND>(load_as<DTYPE>(run.gate, i));
+        store_as<DTYPE>(run.grad_gate, i, grad * up * at.slope);
+        store_as<DTYPE>(run.grad_up, i, grad * at.value);
+    }
+}
+
+}  // namespace
+
+// The kernels of one instruction set, in its namespace; see kernels.h.
+#define FB_ELEMENTWISE(isa)                                                   \
+    namespace isa {                                                           \
+    void rms_norm(const NormRow& row) {                                       \
+        if (row.dtype == FP32) rms_norm_row<FP32>(row);                       \
+        if (row.dtype == BF16) rms_norm_row<BF16>(row);                       \
+        if (row.dtype == FP16) rms_norm_row<FP16>(row);                       \
+    }                                                                         \
+    void rms_norm_grad(const NormRow& row) {                                  \
+        if (row.dtype == FP32) rms_norm_grad_row<FP32>(row);                  \
+        if (row.dtype == BF16) rms_norm_grad_row<BF16>(row);                  \
+        if (row.dtype == FP16) rms_norm_grad_row<FP16>(row);                  \
+    }                                                                         \
+    void gated(const GatedRun& run) {                                         \
+        const bool silu = run.kind == SILU;                                   \
+        if (run.dtype == FP32) (silu ? gated_run<FP32, SILU> : gated_run<FP32, GELU_TANH>)(run); \
+        if (run.dtype == BF16) (silu ? gated_run<BF16, SILU> : gated_run<BF16, GELU_TANH>)(run); \
+        if (run.dtype == FP16) (silu ? gated_run<FP16, SILU> : gated_run<FP16, GELU_TANH>)(run); \
+    }                                                                         \
+    void gated_grad(const GatedRun& run) {                                    \
+        const bool silu = run.kind == SILU;                                   \
+        if (run.dtype == FP32) (silu ? gated_grad_run<FP32, SILU> : gated_grad_run<FP32, GELU_TANH>)(run); \
+        if (run.dtype == BF16) (silu ? gated_grad_run<BF16, SILU> : gated_grad_run<BF16, GELU_TANH>)(run); \
+        if (run.dtype == FP16) (silu ? gated_grad_run<FP16, SILU> : gated_grad_run<FP16, GELU_TANH>)(run); \
+    }                                                                         \
+    }

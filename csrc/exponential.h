@@ -1,0 +1,30 @@
+// e^x in plain arithmetic, so that loops over it become vectors of whatever width.
+#pragma once
+
+#include <cstdint>
+
+#include "convert.h"
+
+namespace {
+
+// To 2 units in the last place; below -87.3 the smallest normal number, above 88.7 the largest power.
+inline float exponential(float x) {
+    x = x < -87.3f ? -87.3f : x;
+    x = x > 88.7f ? 88.7f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    // n reaches 128, whose power of two is not finite: two factors.
+    const int32_t whole = int32_t(n), half = whole >> 1;
+    const float first = float_of(uint32_t(half + 127) << 23);
+    return p * first * float_of(uint32_t(whole - half + 127) << 23);
+}
+
+}  // namespace

@@ -1,0 +1,305 @@
+"""From the settings of a run to its plan: `fourbit.plan`.
+
+Weights are counted on the model's skeleton, a step's memory is rehearsed on tensors without storage
+(`rehearse`), the runtime is measured (`runtime`). Nothing of the weights is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from fourbit.config import DataSettings, LoraSettings, ModelSettings, RunConfig, TrainSettings, resolve
+from fourbit.data.pack import MULTIPLE
+from fourbit.data.render import Example
+from fourbit.errors import ConfigError, nearest
+from fourbit.evaluate.heldout import TOKENS_PER_BATCH
+from fourbit.kernels import native
+from fourbit.memory.cards import find_card
+from fourbit.memory.choose import alternatives, choose
+from fourbit.memory.plan import Choice, Part, Phase, Plan
+from fourbit.memory.sizes import parse_size
+from fourbit.memory.weights import Weights, count_weights
+from fourbit.model.compute import choose_compute_dtype, choose_device
+from fourbit.shapes import rounded_size
+from fourbit.training.rehearse import Rehearsal
+from fourbit.training.runtime import CUDA_CONTEXT, runtime_bytes
+from fourbit.training.skeleton import run_skeleton
+
+#: Code that oneDNN generates and keeps for each shape of a bf16 product on a CPU (docs/log.md).
+_CODE_PER_PRODUCT = 670_000
+#: Products of different shapes that one kind of linear layer brings, its adapter's and backward's included.
+_PRODUCTS_PER_LINEAR = 4
+#: What a tokenizer takes for each word.
+_BYTES_PER_WORD = 400
+#: Holes in the C library's heap at the peak of a step; a compact heap has none. Fitted to runs under glibc
+#: 2.36 (docs/log.md). Recomputing layers: so many times what they keep and what one needs. Else: as much as
+#: they keep up to some size, and a share of all they keep.
+_HOLES_RECOMPUTING, _HOLES_KEEPING, _HOLES_SHARE = 1.4, 180_000_000, 0.22
+#: Python objects of an encoded row: two lists, and an integer for each token.
+_BYTES_PER_TOKEN = 48
+#: What cuBLAS keeps on a card (CUBLAS_WORKSPACE_CONFIG :4096:8, set for repeatable runs).
+_CUBLAS = 8 * 4096 * 1024
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What memory depends on in the rows of a run.
+
+    longest  tokens of the longest row
+    trained  the largest share of a row's tokens that carries a label
+    count    training rows
+    tokens   tokens of all rows, held-out ones included
+    shapes   padded lengths that occur
+    words    of the tokenizer; None: as many as the model has
+    heldout  held-out rows, and tokens of the longest of them; None: as many and as long as may be
+    """
+
+    longest: int
+    trained: float = 1.0
+    count: int | None = None
+    tokens: int = 0
+    shapes: int = 1
+    words: int | None = None
+    heldout: tuple[int, int] | None = None
+
+    @staticmethod
+    def of(train: Sequence[Example], heldout: Sequence[Example], words: int) -> Rows:
+        """The figures of encoded rows, and of the tokenizer."""
+        lengths = [len(example.input_ids) for example in train]
+        others = [len(example.input_ids) for example in heldout]
+        return Rows(
+            longest=max(lengths),
+            trained=max(sum(example.trained) / len(example.trained) for example in train),
+            count=len(train),
+            tokens=sum(lengths) + sum(others),
+            shapes=len({rounded_size(length) for length in lengths}),
+            words=words,
+            heldout=(len(others), max(others, default=0)),
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run will be: on this machine's processor or card, or on a named card that need not be here."""
+
+    name: str
+    on_cpu: bool
+    dtype: torch.dtype
+    memory: int | None
+
+    @staticmethod
+    def of(config: RunConfig, device: str | None) -> Target:
+        """`device` is cpu, cuda, or a card's name; None: where the settings say. Raises ConfigError."""
+        asked = device or config.model.device
+        wanted = config.model.compute_dtype
+        if asked.split(":")[0] not in ("auto", "cpu", "cuda"):
+            card = find_card(asked)
+            dtype = getattr(torch, wanted if wanted != "auto" else "bfloat16" if card.bf16 else "float16")
+            return Target(card.name, False, dtype, card.memory)
+        found = choose_device(asked)
+        dtype = choose_compute_dtype(wanted, found).dtype
+        if found.type == "cpu":
+            return Target("CPU", True, dtype, None)
+        properties = torch.cuda.get_device_properties(found)
+        return Target(properties.name, False, dtype, properties.total_memory)
+
+
+class Planner:
+    """Plans of one run under different choices; what they share is found once."""
+
+    def __init__(self, config: RunConfig, target: Target, rows: Rows, runtime: int | None = None) -> None:
+        self._config, self._target, self._rows = config, target, rows
+        self._runtime = runtime
+        skeleton = run_skeleton(config, target.dtype)
+        self.weights: Weights = count_weights(skeleton)
+        base: Any = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
+        self._largest = max(p.numel() for p in base.parameters())
+        self._kinds = len(
+            {
+                (module.in_features, module.out_features)
+                for name, module in base.named_modules()
+                if isinstance(module, torch.nn.Linear) and ".lora_" not in name
+            }
+        )
+        self._vocabulary = int(base.config.get_text_config().vocab_size)
+        fused = config.train.fused and target.on_cpu and native.available()
+        self._rehearsal = Rehearsal(skeleton, fused)
+
+    def use_rows(self, rows: Rows) -> None:
+        """Plan for these rows from now on."""
+        self._rows = rows
+
+    @property
+    def asked(self) -> Choice:
+        """What the settings say as they are."""
+        train = self._config.train
+        return Choice(train.micro_batch, train.activation_checkpointing, train.loss_chunk, train.compact_heap)
+
+    def choose(self, budget: int) -> Plan:
+        """The fastest plan within a budget in bytes. Raises MemoryBudgetError."""
+        train = self._config.train
+        found = alternatives(train.effective_batch, train.loss_chunk, self._padded(1)[1], self._target.on_cpu)
+        if train.packing is not None:  # packs are computed one at a time
+            found = [choice for choice in found if choice.micro_batch == 1]
+        return choose(self.plan, found, budget)
+
+    def plan(self, choice: Choice) -> Plan:
+        """What the run takes under a choice."""
+        weights = self.weights
+        return Plan(
+            model=self._config.model.path,
+            device=self._target.name,
+            parameters=weights.parameters,
+            trainable=weights.trainable,
+            tokens=self._padded(choice.micro_batch)[1],
+            effective_batch=self._config.train.effective_batch,
+            choice=choice,
+            held=self._held(),
+            phases=(self._loading(), self._step(choice), self._evaluation(choice)),
+            budget=self._target.memory,
+        )
+
+    def _held(self) -> tuple[Part, ...]:
+        weights, target = self.weights, self._target
+        dtype = str(target.dtype).removeprefix("torch.")
+        adapter = self._config.lora is not None
+        parts = [
+            Part("packed weights", weights.codes, self._config.model.quant_type),
+            Part("scales", weights.scales),
+            Part(f"weights in {dtype}", weights.rest, "embeddings, head, norms"),
+            Part("adapters" if adapter else "trained weights", weights.trained, "fp32"),
+            Part("gradients", weights.trained, "fp32"),
+            Part("optimizer states", 2 * weights.trained, "AdamW, fp32"),
+            Part("dequantize buffer", weights.largest * target.dtype.itemsize, f"largest matrix, {dtype}"),
+        ]
+        if target.on_cpu:
+            parts.insert(0, Part("runtime", self._runtime_bytes, "Python and libraries"))
+            words = self._rows.words or self._vocabulary
+            parts.append(Part("tokenizer", words * _BYTES_PER_WORD, f"{words:,} words"))
+            parts.append(Part("rows", self._rows.tokens * _BYTES_PER_TOKEN, f"{self._rows.tokens:,} tokens"))
+            parts.append(Part("generated code", self._code(), "oneDNN's, by shape of product"))
+        else:
+            parts.insert(0, Part("runtime", CUDA_CONTEXT, "CUDA context and kernels, about"))
+            parts.append(Part("cuBLAS workspace", _CUBLAS))
+        return tuple(part for part in parts if part.size)
+
+    @cached_property
+    def _runtime_bytes(self) -> int:
+        return runtime_bytes(self._target.dtype) if self._runtime is None else self._runtime
+
+    def _code(self) -> int:
+        if self._target.dtype != torch.bfloat16:
+            return 0
+        return self._rows.shapes * self._kinds * _PRODUCTS_PER_LINEAR * _CODE_PER_PRODUCT
+
+    def _padded(self, micro_batch: int) -> tuple[int, int]:
+        """Rows and tokens of the largest micro-batch."""
+        packing = self._config.train.packing
+        if packing is not None:
+            return 1, -(-max(packing, self._rows.longest) // MULTIPLE) * MULTIPLE
+        rows = min(micro_batch, self._config.train.effective_batch, self._rows.count or micro_batch)
+        return rows, rounded_size(self._rows.longest)
+
+    def _step(self, choice: Choice) -> Phase:
+        rows, tokens = self._padded(choice.micro_batch)
+        recompute = choice.activation_checkpointing
+        trained = max(1, min(rows * (tokens - 1), round(rows * tokens * self._rows.trained)))
+        needs = self._rehearsal.layers(rows, tokens, recompute)
+        loss = self._loss(rows, tokens, trained, choice.loss_chunk)
+        kept = Part(
+            "checkpoints" if recompute else "activations",
+            needs.kept,
+            f"{'inputs of layers' if recompute else 'what backward reads'}, {rows} x {tokens:,} tokens",
+        )
+        layer = needs.highest - needs.kept
+        if loss > layer:
+            top = Part("loss chunk", loss, f"{choice.loss_chunk} MiB of logits, and gradients")
+        else:
+            top = Part("one layer", layer, "forward and backward, attention")
+        holes = 0.0
+        if self._target.on_cpu and not choice.compact_heap:
+            keeping = min(needs.kept, _HOLES_KEEPING) + _HOLES_SHARE * needs.kept
+            holes = _HOLES_RECOMPUTING * needs.highest if recompute else keeping
+        return Phase("a training step", (kept, top, Part("holes in the heap", round(holes), "estimated")))
+
+    def _loss(self, rows: int, tokens: int, trained: int, chunk: int, gradient: bool = True) -> int:
+        seen = self._rehearsal.loss(rows, tokens, trained, chunk, gradient)
+        # Inside torch.logsumexp, and out of sight, stands another chunk of logits.
+        logits = min(chunk * 2**20, 4 * trained * self._vocabulary)
+        return seen + (logits if self._target.on_cpu else 0)
+
+    def _evaluation(self, choice: Choice) -> Phase:
+        count, longest = self._rows.heldout or (TOKENS_PER_BATCH, self._rows.longest)
+        if count == 0:
+            return Phase("evaluation", ())
+        rows, tokens = min(count, max(1, TOKENS_PER_BATCH // longest)), rounded_size(longest)
+        needs = self._rehearsal.forward(rows, tokens)
+        loss = needs.kept + self._loss(rows, tokens, rows * (tokens - 1), choice.loss_chunk, gradient=False)
+        size = max(needs.highest, loss)
+        return Phase("evaluation", (Part("forward pass", size, f"{rows} x {tokens:,} tokens"),))
+
+    def _loading(self) -> Phase:
+        later = sum(part.size for part in self._held() if part.name in _AFTER_LOADING)
+        copies = 4 * self._largest * (2 if Path(self._config.model.path).suffix == ".gguf" else 1)
+        return Phase("loading", (Part("largest weight", copies, "as it is read"),), absent=later)
+
+
+_AFTER_LOADING = ("adapters", "gradients", "optimizer states", "dequantize buffer", "rows", "generated code")
+
+
+def plan_run(
+    config: RunConfig, memory: int | None = None, device: str | None = None, rows: Rows | None = None
+) -> Plan:
+    """The plan of a run: as its settings say, or the fastest within `memory` bytes.
+
+    device  cpu, cuda, or a card's name such as "rtx-4090", which need not be here; None: as set
+    rows    figures of the encoded rows; None: rows of data.max_length tokens, all of them trained
+    Raises MemoryBudgetError where nothing fits, and ConfigError or ModelError as a run would.
+    """
+    planner = Planner(config, Target.of(config, device), rows or Rows(config.data.max_length))
+    return planner.plan(planner.asked) if memory is None else planner.choose(memory)
+
+
+def plan(
+    model: str,
+    data: str | Sequence[str] = "data.jsonl",
+    *,
+    memory: str | int | None = None,
+    device: str | None = None,
+    **settings: Any,
+) -> Plan:
+    """What a run will use, before anything is loaded; only configuration and headers are read.
+
+    model     a folder, hub name or .gguf file; config.json alone will do
+    data      not read
+    memory    a budget, such as "24GB" or a number of bytes, for which the fastest plan that fits is chosen
+    device    cpu, cuda, or a card's name such as "rtx-4090", which need not be here
+    settings  keys of ModelSettings, LoraSettings, DataSettings and TrainSettings: r=64, max_length=512, ...
+
+    Raises MemoryBudgetError where nothing fits, and ConfigError or ModelError in one line.
+    """
+    files = [data] if isinstance(data, str) else list(data)
+    tree: dict[str, Any] = {"model": {"path": model}, "lora": {}, "data": {"train": files}, "train": {}}
+    for key, value in settings.items():
+        section = next((name for name, kind in _SECTIONS.items() if key in kind.model_fields), None)
+        if section is None:
+            known = [field for kind in _SECTIONS.values() for field in kind.model_fields]
+            raise ConfigError(f"fourbit.plan: unknown setting '{key}'{nearest(key, known)}")
+        tree[section][key] = value
+    budget = parse_size(memory) if isinstance(memory, str) else memory
+    return plan_run(resolve(tree, "fourbit.plan"), budget, device)
+
+
+_SECTIONS: dict[str, type[ModelSettings | LoraSettings | DataSettings | TrainSettings]] = {
+    "model": ModelSettings,
+    "lora": LoraSettings,
+    "data": DataSettings,
+    "train": TrainSettings,
+}

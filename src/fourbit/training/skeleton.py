@@ -1,0 +1,60 @@
+"""The model that a run would train, as shapes alone: quantized and adapted on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from fourbit.config import RunConfig
+from fourbit.model.adapters import add_lora
+from fourbit.model.base import (
+    check_readable,
+    locate,
+    make_skeleton,
+    quantized_weights,
+    read_config,
+)
+from fourbit.model.formats import bnb, hf
+from fourbit.model.quantizer import FourBitConfig, FourBitQuantizer, linear_names
+
+
+def run_skeleton(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+    """What `prepare_model` would give, on the meta device; reads configuration and headers, no weights.
+
+    dtype  of what stays unquantized, and of products
+    Raises ModelError or ConfigError as loading would.
+    """
+    settings, full = config.model, config.lora is None
+    place = locate(settings.path, settings.revision)
+    found = read_config(place, place.is_file(), settings.trust_remote_code)
+    stored = getattr(found, "quantization_config", None)
+    check_readable(settings.path, stored)
+    scheme = None
+    if stored is not None:
+        _, scheme = bnb.convert_names(hf.open_folder(place), str(place))
+        del found.quantization_config
+    with torch.device("meta"):
+        kept = torch.float32 if full else dtype
+        model: Any = make_skeleton(place, found, settings.trust_remote_code, kept)
+        if scheme is not None:
+            packed = {f"{name}.weight" for name in scheme.quantized}
+            _pack(model, packed, scheme.quant_type, scheme.block_size, scheme.double_quant, dtype)
+        elif settings.quant_type != "none":
+            names = quantized_weights(model)
+            _pack(model, names, settings.quant_type, settings.block_size, settings.double_quant, dtype)
+        model.requires_grad_(full)
+        if config.lora is None:
+            return model
+        return add_lora(model, **config.lora.model_dump(), seed=config.train.seed)
+
+
+def _pack(model: Any, names: set[str], quant_type: str, block: int, double: bool, dtype: torch.dtype) -> None:
+    left = [name for name in linear_names(model, []) if f"{name}.weight" not in names]
+    quantizer = FourBitQuantizer(
+        FourBitConfig(quant_type, block, double, compute_dtype=dtype, modules_to_not_convert=left)
+    )
+    quantizer.pre_quantized = True  # packed parameters at once: no weights will arrive to be quantized
+    quantizer._process_model_before_weight_loading(model)

@@ -1,0 +1,131 @@
+"""RMS norm and gated activations: no worse than torch in the same dtype, the same bits everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fourbit import reference
+from fourbit.errors import QuantizationError
+from fourbit.kernels import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1), (3, 15), (7, 577))
+#: One rounding of an exact result is below this; torch's own error may be smaller by chance.
+EPSILON = {torch.float32: 4e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+ops = torch.ops.fourbit
+
+
+def no_worse(ours: Tensor, theirs: Tensor, truth: Tensor, epsilon: float) -> None:
+    size = truth.norm() + 1e-30
+    own, other = (ours.double() - truth).norm() / size, (theirs.double() - truth).norm() / size
+    assert ours.dtype == theirs.dtype
+    assert own <= other + epsilon, f"{own:.2e} against torch's {other:.2e}"
+
+
+def norm_of(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    y = F.rms_norm(x, (x.shape[1],), weight.to(x.dtype), 1e-5)
+    return y.detach(), torch.autograd.grad(y, x, grad)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, grad = (3 * torch.randn(shape).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[1]).to(dtype).float()
+    truth = norm_of(x.double(), weight, grad.double())
+    torch_s = norm_of(x, weight, grad)
+    y, scale = ops.rms_norm(x, weight, 1e-5)
+    no_worse(y, torch_s[0], truth[0], EPSILON[dtype])
+    # With a single column the gradient cancels to almost nothing; its error is measured by its terms.
+    grad_x = ops.rms_norm_backward(grad, x, weight, scale)
+    if shape[1] > 1:
+        no_worse(grad_x, torch_s[1], truth[1], EPSILON[dtype])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated(implementation: str, shape: tuple[int, int], dtype: torch.dtype, kind: int) -> None:
+    gate, up, grad = (4 * torch.randn(shape).to(dtype) for _ in range(3))
+
+    def by_torch(wanted: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        g, u = (t.detach().to(wanted).requires_grad_() for t in (gate, up))
+        out = (F.silu(g) if kind == 0 else F.gelu(g, approximate="tanh")) * u
+        return out.detach(), *torch.autograd.grad(out, [g, u], grad.to(wanted))
+
+    ours = (ops.gated(gate, up, kind), *ops.gated_backward(grad, gate, up, kind))
+    for own, other, true in zip(ours, by_torch(dtype), by_torch(torch.float64), strict=True):
+        no_worse(own, other, true, EPSILON[dtype])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_activations_far_out(implementation: str, kind: int) -> None:
+    gate = torch.tensor([-1e12, -3e4, -89.0, -88.0, -20.0, -0.0, 0.0, 1e-30, 20.0, 88.0, 3e4, 1e12])
+    up = torch.ones_like(gate)
+    value = ops.gated(gate, up, kind)
+    slope, _ = ops.gated_backward(up, gate, up, kind)
+    expected = F.silu(gate) if kind == 0 else F.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+    assert torch.all((slope > -0.2) & (slope < 1.2)), slope
+
+
+@pytest.mark.skipif(not native.available(), reason="compares native code")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_every_instruction_set_and_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    x, grad, up = (torch.randn(170, 203).to(dtype) for _ in range(3))  # more than two tasks of 16,384 values
+    weight = torch.randn(203)
+    before, found = native.isa(), []
+    for isa, threads in ((isa, threads) for isa in native.isas() for threads in (1, 3)):
+        native.set_isa(isa)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        y, scale = native.rms_norm(x, weight, 1e-6)
+        found.append(
+            [
+                y,
+                scale,
+                native.rms_norm_backward(grad, x, weight, scale),
+                *(native.gated(x, up, kind) for kind in (0, 1)),
+                *(part for kind in (0, 1) for part in native.gated_backward(grad, x, up, kind)),
+            ]
+        )
+    native.set_isa(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_nan_stays_where_it_is(implementation: str) -> None:
+    x = torch.randn(3, 40).bfloat16()
+    x[1, 7] = torch.nan
+    y, _ = ops.rms_norm(x, torch.ones(40), 1e-6)
+    assert y[1].isnan().all()
+    assert not y[[0, 2]].isnan().any()
+    out = ops.gated(x, torch.ones_like(x), 0)
+    assert out.isnan().sum() == 1
+    assert out[1, 7].isnan()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(QuantizationError, match="needs weight fp32"):
+        ops.rms_norm(x, torch.ones(8).bfloat16(), 1e-6)
+    with pytest.raises(QuantizationError, match="must be alike"):
+        ops.gated(x, x[:1], 0)
+    with pytest.raises(QuantizationError, match="no activation 7"):
+        ops.gated(x, x, 7)
+
+
+def test_operators_trace() -> None:
+    x, weight = torch.randn(4, 8), torch.ones(8)
+    scale = reference.rms_norm(x, weight, 1e-6)[1]
+    for op, arguments in (
+        (ops.rms_norm, (x, weight, 1e-6)),
+        (ops.rms_norm_backward, (x, x, weight, scale)),
+        (ops.gated, (x, x, 0)),
+        (ops.gated_backward, (x, x, x, 1)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

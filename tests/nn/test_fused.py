@@ -1,0 +1,172 @@
+"""Fused norms and gated MLPs: what is matched, what is left, and that a model computes the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+import fourbit
+from fourbit.nn.fused import fuse, rms_norm, unfuse
+from fourbit.nn.linear import Linear4bit
+from fourbit.nn.remake import remake_of
+from tests.tiny import llama
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "pad_token_id": 0,
+}
+
+
+def loss_and_gradients(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    ids = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("config", "matched"),
+    [
+        (LlamaConfig(**SIZES), {"RMS norms": 5, "gated MLPs": 2}),
+        (Qwen3Config(**SIZES), {"RMS norms": 9, "gated MLPs": 2}),  # queries and keys have norms of their own
+        (Gemma2Config(**SIZES), {"RMS norms": 9, "gated MLPs": 2}),  # 1 + weight, GELU by tanh
+        (Phi3Config(**SIZES), {"RMS norms": 5}),  # gate and up are one matrix
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, dict) else "",
+)
+def test_the_same_loss_and_gradients(config: Any, matched: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # fresh ones are all 0 or 1
+            nn.init.normal_(parameter, std=0.5)
+            parameter.requires_grad_(False)
+    before = loss_and_gradients(model)
+    assert dict(fuse(model).matched) == matched
+    after = loss_and_gradients(model)
+    torch.testing.assert_close(after, before, rtol=2e-5, atol=1e-6)
+    assert not fuse(model).matched  # they are already
+    unfuse(model)
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(model)[1], before[1], strict=True))
+
+
+def test_a_norm_that_trains_runs_its_own_code() -> None:
+    model = llama()
+    before = loss_and_gradients(model)
+    fuse(model)
+    after = loss_and_gradients(model)
+    assert len(after[1]) == len(before[1])
+    torch.testing.assert_close(after, before, rtol=2e-5, atol=1e-6)
+
+
+class Doubled(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class CenteredRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+def test_what_computes_something_else_is_left_with_the_reason() -> None:
+    config = LlamaConfig(**SIZES)
+    relu = LlamaMLP(LlamaConfig(**SIZES, hidden_act="relu"))
+    report = fuse(nn.ModuleList([Doubled(config), CenteredRMSNorm(48)]))
+    assert not report.matched
+    assert report.line() == (
+        "fused: nothing; left Doubled: it computes more than that; left CenteredRMSNorm: it is another norm"
+    )
+    assert "activation" in fuse(nn.ModuleList([relu])).left["LlamaMLP"]
+
+
+def test_what_another_library_wrapped_is_left() -> None:
+    model = llama()
+    model.model.norm.forward = model.model.norm.forward
+    assert fuse(model).matched["RMS norms"] == 4
+
+
+def adapted_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    """A Llama with 4-bit layers, and the same with an adapter that does something, in training mode."""
+    model = llama().to(dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], Linear4bit.from_linear(module))
+    model.requires_grad_(False)
+    adapted = fourbit.add_lora(model, r=4, dropout=0.0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model, adapted.train()
+
+
+def test_with_adapters_on_4_bits_copies_and_in_training_mode() -> None:
+    model, adapted = adapted_llama()
+    before = loss_and_gradients(adapted)
+    assert fuse(model).matched == {"RMS norms": 5, "gated MLPs": 2}
+    assert model.model.layers[0].mlp.training
+    torch.testing.assert_close(loss_and_gradients(adapted), before, rtol=2e-5, atol=1e-6)
+    twin = copy.deepcopy(adapted)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    assert loss_and_gradients(twin)[0] != loss_and_gradients(adapted)[0]
+    torch.testing.assert_close(loss_and_gradients(adapted), before, rtol=2e-5, atol=1e-6)
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for backward, each memory counted once, parameters not at all."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(3, 90, (4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+def test_what_can_be_made_again_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapted = adapted_llama(torch.bfloat16)
+    plain = kept_bytes(adapted)
+    fuse(model)
+    fused, again = kept_bytes(adapted), loss_and_gradients(adapted)
+    monkeypatch.setattr("fourbit.nn.lora.remake_of", lambda _: None)
+    assert fused < 0.8 * kept_bytes(adapted)
+    assert fused < 0.6 * plain
+    kept = loss_and_gradients(adapted)
+    assert all(torch.equal(a, b) for a, b in zip(again[1], kept[1], strict=True))
+
+
+def test_a_result_changed_in_place_is_not_made_again() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    y = rms_norm(x, torch.ones(8), 1e-6)
+    note = remake_of(y)
+    assert note is not None
+    assert torch.equal(note.function(*note.inputs), y)
+    y.mul_(2)
+    assert remake_of(y) is None
+    assert remake_of(y + 0) is None
+    with torch.no_grad():
+        assert remake_of(rms_norm(x, torch.ones(8), 1e-6)) is None
