@@ -18,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 OLDEST := $(VENV)-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet
 # In two processes, whose threads sleep soon while they wait for one another (docs/log.md).
-PYTEST := -m pytest -n 2 $(PYTEST_ARGS)
+PYTEST := -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 test test-all: export GOMP_SPINCOUNT ?= 20000
 SAY := @printf '\n== %s\n'
 

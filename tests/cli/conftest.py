@@ -36,17 +36,37 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a test; the models and rows.jsonl lie in it."""
-    for model in models.iterdir():
-        (tmp_path / model.name).symlink_to(model)
-    (tmp_path / "rows.jsonl").write_text(ROWS)
+    furnish(tmp_path, models)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+def furnish(folder: Path, models: Path) -> None:
+    """Put the models and rows.jsonl into a folder."""
+    for model in models.iterdir():
+        (folder / model.name).symlink_to(model)
+    (folder / "rows.jsonl").write_text(ROWS)
+
+
+def train_in(folder: Path, words: list[str]) -> Path:
+    """`fourbit train` in a folder, for several tests to copy; its run folder is `run`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("fourbit.training.run.open_budget", lambda config, memory, console: None)
+        assert main(["train", *words]) == 0
+    return folder / "run"
+
+
 @pytest.fixture(autouse=True)
-def runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process of its own that measures an empty run."""
-    monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda dtype: 500_000_000)
+def planning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings are planned first only in tests marked `planned`: it takes as long as a tiny training.
+
+    There, no process of its own measures an empty run.
+    """
+    if request.node.get_closest_marker("planned"):
+        monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda dtype: 500_000_000)
+    else:
+        monkeypatch.setattr("fourbit.training.run.open_budget", lambda config, memory, console: None)
 
 
 @pytest.fixture

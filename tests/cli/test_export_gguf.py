@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,28 @@ import torch
 from fourbit.exporting import provenance
 from fourbit.exporting.merge import merged_tensors
 from fourbit.model.base import open_base
-from tests.cli.conftest import Fourbit
+from tests.cli.conftest import Fourbit, furnish, train_in
 from tests.cli.test_merge_export import SMALL, UNREAD
 from tests.exporting.gguf.models import byte_level, model
 
 TRAIN = ["merging" if word == "model" else word for word in SMALL]
 
 
-@pytest.fixture
-def run(fourbit: Fourbit, here: Path) -> str:
-    """A run on a model whose tokenizer merges bytes: llama.cpp loads no other."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
+    """The folder of a run on a model whose tokenizer merges bytes: llama.cpp loads no other."""
+    folder = tmp_path_factory.mktemp("trained")
+    furnish(folder, models)
     tokenizer = byte_level()
-    model("llama", len(tokenizer)).to(torch.bfloat16).save_pretrained(str(here / "merging"))
-    tokenizer.save_pretrained(str(here / "merging"))
-    assert fourbit("train", *TRAIN)[0] == 0
+    model("llama", len(tokenizer)).to(torch.bfloat16).save_pretrained(str(folder / "merging"))
+    tokenizer.save_pretrained(str(folder / "merging"))
+    return train_in(folder, TRAIN).parent
+
+
+@pytest.fixture
+def run(trained: Path, here: Path) -> str:
+    for name in ("merging", "run"):
+        shutil.copytree(trained / name, here / name)
     return "run"
 
 

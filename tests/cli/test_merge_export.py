@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fourbit as package
 from fourbit.exporting import provenance
-from tests.cli.conftest import Fourbit
+from tests.cli.conftest import Fourbit, furnish, train_in
 from tests.exporting.adapters import load_with_peft, logits
 from tests.tiny import save_llama
 
@@ -26,9 +27,16 @@ SMALL = [
 UNREAD = "--no-verify"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    furnish(folder, models)
+    return train_in(folder, SMALL)
+
+
 @pytest.fixture
-def run(fourbit: Fourbit) -> str:
-    assert fourbit("train", *SMALL)[0] == 0
+def run(trained: Path, here: Path) -> str:
+    shutil.copytree(trained, here / "run")
     return "run"
 
 

@@ -83,6 +83,7 @@ def test_lora_and_full_fine_tuning_side_by_side(compare: Compare, tmp_path: Path
     assert "holds other rows" in err
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(compare: Compare, tmp_path: Path) -> None:
     """The arm's process itself, interrupted after a checkpoint, then started again by the command."""
     words = ("--vary", "r4: lora.r=4", "--seeds", "0", "--eval-rows", "0")
@@ -156,6 +157,7 @@ def test_mistakes_are_one_line(compare: Compare, tmp_path: Path) -> None:
     assert main(["compare", "c.yaml"]) == 2
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_processes_own() -> None:
     """getrusage begins at the peak of the process that started this one."""
     program = "from fourbit.memory.measure import peak_resident_bytes as p; print(p())"

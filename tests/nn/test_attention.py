@@ -17,6 +17,7 @@ from fourbit.nn.attention import (
     NAME,
     ShortAttention,
     TiledAttention,
+    attention,
     first_seen_mask,
     use_tiled_attention,
 )
@@ -87,6 +88,18 @@ def inputs(kind: str, length: int) -> tuple[dict[str, torch.Tensor], torch.Tenso
     if kind == "left":
         counted[1, :5] = False
     return given | {"attention_mask": counted.long()}, counted
+
+
+def test_under_autocast_it_computes_in_autocasts_dtype() -> None:
+    """Where rotary embedding has made queries and keys fp32, and values are bf16."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 16) for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention(module, q, k, v.bfloat16(), None)
+    wanted, _ = attention(module, q.bfloat16(), k.bfloat16(), v.bfloat16(), None)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("kind", ["full", "left", "right", "packed"])

@@ -99,8 +99,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key and value [B, Hkv, S, D], mask as above.
 
-    Returns [B, T, H, Dv] and no weights.
+    Under autocast, as torch's own attention, in its dtype. Returns [B, T, H, Dv] and no weights.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     length, first = query.shape[2], None
     if attention_mask is None and getattr(module, "is_causal", True) and length > 1:
         first = torch.zeros(query.shape[0], length, dtype=torch.int32)
@@ -118,7 +120,8 @@ def attention(
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return query.dtype == key.dtype and key.shape == value.shape and query.shape[3] <= MOST_WIDTH
+    one_dtype = query.dtype == key.dtype == value.dtype
+    return one_dtype and key.shape == value.shape and query.shape[3] <= MOST_WIDTH
 
 
 def _as_bool(first: Tensor) -> Tensor:

@@ -97,13 +97,12 @@ class Target:
     @staticmethod
     def of(config: RunConfig, device: str | None) -> Target:
         """`device` is cpu, cuda, or a card's name; None: where the settings say. Raises ConfigError."""
-        asked = device or config.model.device
         wanted = config.model.compute_dtype
-        if asked.split(":")[0] not in ("auto", "cpu", "cuda"):
-            card = find_card(asked)
+        if device is not None and device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            card = find_card(device)
             dtype = getattr(torch, wanted if wanted != "auto" else "bfloat16" if card.bf16 else "float16")
             return Target(card.name, False, dtype, card.memory)
-        found = choose_device(asked)
+        found = choose_device(device or config.model.device)
         dtype = choose_compute_dtype(wanted, found).dtype
         if found.type == "cpu":
             return Target("CPU", True, dtype, None)
@@ -165,6 +164,11 @@ class Planner:
             phases=(self._loading(), self._step(choice), self._evaluation(choice)),
             budget=self._target.memory,
         )
+
+    @property
+    def held_bytes(self) -> int:
+        """What the run takes all the time, whatever is chosen."""
+        return sum(part.size for part in self._held())
 
     def _held(self) -> tuple[Part, ...]:
         weights, target = self.weights, self._target
