@@ -1,4 +1,4 @@
-"""Write the inputs from which fuzzing starts: `python fuzz/make_corpus.py`. Small, valid, one of each kind."""
+"""Write the inputs from which fuzzing starts, small and valid: `python fuzz/make_corpus.py`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ STATE = {
 TEMPLATES = [
     CHATML,
     "{%- if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ bos_token }}"
-    "{%- for m in messages %}{% generation %}[{{ m.role | trim }}] {{ m.content | tojson }}{% endgeneration %}"
+    "{%- for m in messages %}{% generation %}[{{ m.role | trim }}] {{ m.content | tojson }}"
+    "{% endgeneration %}"
     "{{ '\n' }}{% endfor %}{{ eos_token if not add_generation_prompt else '[assistant] ' }}",
     "{% set ns = namespace(n=0) %}{% macro turn(m) %}{{ m['content'].split('x')[-1] }}{% endmacro %}"
     "{% for m in messages[::-1] %}{% set ns.n = ns.n + loop.index %}{{ turn(m) ~ ns.n }}{% endfor %}",

@@ -1,7 +1,7 @@
 """Fuzz fourbit's parsers: `python fuzz/run.py TARGET... --runs N`, or `all`.
 
-With atheris installed (`pip install atheris`) its libFuzzer is guided by the coverage of fourbit, and of gguf,
-PyYAML and transformers' GGUF and template code. Without it, or with --plain, the inputs are seeded
+With atheris installed (`pip install atheris`) its libFuzzer is guided by the coverage of fourbit, and of
+gguf, PyYAML and transformers' GGUF and template code. Without it, or with --plain, the inputs are seeded
 mutations of the corpus. A crash is kept in fuzz/found/ and ends the target; the exit code is then 1.
 
     python fuzz/run.py all --runs 10000
