@@ -104,7 +104,7 @@ def models(work: Path) -> None:
         put(target, "llama", (work / "model.gguf").read_bytes())
     put("bnb", "nested", b"\0" + json.dumps(STATE).encode())
     plain = {key: value for key, value in STATE.items() if "nested" not in key}
-    put("bnb", "plain", b"\0" + json.dumps(plain).encode())
+    put("bnb", "plain", b"\4" + json.dumps(plain).encode())
 
 
 def adapters(work: Path) -> None:

@@ -155,8 +155,8 @@ def _gguf_model(data: bytes, folder: Path) -> None:
 
 
 def _bnb(data: bytes, folder: Path) -> None:
-    """Byte 0: lengths of the parts; the rest: the quant_state."""
-    wrong = (data or b"\0")[0] & 3
+    """Byte 0: how many codes are missing, and 4 for fp32 scales; the rest: the quant_state."""
+    wrong, plain = (data or b"\0")[0] & 3, (data or b"\0")[0] & 4
     text = torch.frombuffer(bytearray(data[1:] or b" "), dtype=torch.uint8)
 
     def part(tensor: torch.Tensor) -> LazyTensor:
@@ -165,12 +165,12 @@ def _bnb(data: bytes, folder: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     parts = {
         name: torch.zeros(512 - wrong, 1, dtype=torch.uint8),
-        f"{name}.absmax": torch.zeros(16, dtype=torch.uint8),
+        f"{name}.absmax": torch.zeros(16, dtype=torch.float32 if plain else torch.uint8),
         f"{name}.nested_absmax": torch.ones(1),
         f"{name}.quant_state.bitsandbytes__nf4": text,
     }
     tensors, scheme = bnb.convert_names({key: part(value) for key, value in parts.items()}, str(folder))
-    for tensor in bnb.restored(tensors, scheme, {name: (32, 32)}).values():
+    for tensor in bnb.restored(tensors, scheme, {name: (32, 32)}, str(folder)).values():
         tensor.read()
 
 

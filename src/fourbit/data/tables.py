@@ -82,8 +82,9 @@ def parquet(path: Path) -> Iterator[Row]:
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow; `pip install pyarrow`") from None
     try:
+        size = path.stat().st_size
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _numbered(file.iter_batches(batch_size=_ROWS_AT_ONCE), path, path.stat().st_size)
+            yield from _numbered(file.iter_batches(batch_size=_batch_size(file, size)), path, size)
     except DataError:
         raise
     except Exception as error:  # a damaged file makes pyarrow raise every class there is
@@ -140,6 +141,13 @@ def _inside(path: Path, file: Path) -> int:
     return file.stat().st_size
 
 
+def _batch_size(file: Any, packed: int) -> int:
+    """Rows to read at once: each may be as long as its row group, whose values a file stores but once."""
+    groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+    longest = max((group.total_byte_size for group in groups), default=0)
+    return max(1, min(_ROWS_AT_ONCE, _limit(packed) // max(1, longest)))
+
+
 def _batches(dataset: Any) -> Iterator[Any]:
     for start in range(0, len(dataset), _ROWS_AT_ONCE):
         yield dataset[start : start + _ROWS_AT_ONCE]
@@ -147,10 +155,10 @@ def _batches(dataset: Any) -> Iterator[Any]:
 
 def _numbered(batches: Iterable[Any], path: Path, packed: int) -> Iterator[Row]:
     """The rows of Arrow batches, up to the limit that the size of their file sets."""
-    limit = max(ALWAYS_READ, LARGEST_RATIO * packed)
+    limit = _limit(packed)
     number = size = 0
     for batch in batches:
-        size += batch.nbytes + _ROW_BYTES * batch.num_rows
+        size += sum(map(_bytes, batch.schema.names, batch.columns)) + _ROW_BYTES * batch.num_rows
         if size > limit:
             raise DataError(
                 f"{path}: grows to more than {limit >> 20:,} MiB when unpacked, over {LARGEST_RATIO} times "
@@ -160,6 +168,33 @@ def _numbered(batches: Iterable[Any], path: Path, packed: int) -> Iterator[Row]:
             number += 1
             blank = all(value is None or value == "" for value in fields.values())
             yield Row({} if blank else fields, str(path), number)
+
+
+def _limit(packed: int) -> int:
+    return max(ALWAYS_READ, LARGEST_RATIO * packed)
+
+
+def _bytes(name: str, column: Any) -> int:
+    """What a column takes once each row has a value of its own."""
+    import pyarrow.compute
+
+    kind = column.type
+    if str(kind).startswith("dictionary<") and str(kind.value_type) in ("string", "large_string"):
+        chunks = getattr(column, "chunks", [column])
+        lengths = (pyarrow.compute.binary_length(c.dictionary).take(c.indices) for c in chunks)
+        return sum(pyarrow.compute.sum(length).as_py() or 0 for length in lengths)
+    if _shares(kind):
+        raise ValueError(f"column '{name}' is {kind}, whose rows can share values")
+    return int(column.nbytes)
+
+
+def _shares(kind: Any) -> bool:
+    """Whether values of an Arrow type can stand for far more bytes than they hold."""
+    kind = getattr(kind, "storage_type", kind)
+    head = str(kind).partition("<")[0]
+    if head == "dictionary" or head == "run_end_encoded" or head.endswith("_view"):
+        return True
+    return any(_shares(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def _first_line(error: Exception) -> str:

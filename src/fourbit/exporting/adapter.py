@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fourbit.errors import ModelError
 from fourbit.limits import LimitError, limited, parse_json
 from fourbit.model.adapter_folder import weights_file
-from fourbit.model.finite import check_finite
+from fourbit.model.finite import check_stored
 from fourbit.model.formats.lazy import LazyTensor
 
 _PREFIX = "base_model.model."
@@ -165,7 +165,7 @@ def _open(folder: Path) -> dict[str, LazyTensor]:
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             tensor: Tensor = handle.get_tensor(name)
-            check_finite(tensor, f"{file}: '{name}'")
+            check_stored(tensor, f"{file}: '{name}'")
             return tensor
 
         return read

@@ -33,7 +33,7 @@ from fourbit.exporting.llama_cpp import PACKAGE, LlamaCpp, is_lora
 from fourbit.exporting.scoring import RowProgress, RowScore, score_rows
 from fourbit.limits import parse_json
 from fourbit.memory.measure import release_free_memory
-from fourbit.model.adapter_folder import weights_file
+from fourbit.model.adapter_check import check_adapter
 from fourbit.model.adapters import load_adapter
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load
@@ -189,8 +189,8 @@ def _read_adapter(
 ) -> TorchReader:
     from peft import PeftModel
 
-    weights_file(folder)  # raises where they are pickled, which PEFT would load
     base = _from_pretrained(Path(settings.path), dtype, device, settings.trust_remote_code)
+    check_adapter(folder, base)  # PEFT would load pickled weights
     with _quiet():
         model = PeftModel.from_pretrained(base, str(folder))
     tokenizer = _tokenizer(folder, False) if (folder / "tokenizer.json").exists() else None

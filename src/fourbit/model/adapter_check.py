@@ -66,6 +66,8 @@ def _check_settings(folder: Path, config: dict[str, Any], layers: dict[str, Lora
             raise ModelError(
                 f"{folder / CONFIG}: names the rank {rank}, and the largest that is stored is {largest}"
             )
+    if config.get("megatron_config"):
+        raise ModelError(f"{folder / CONFIG}: names a package to import (megatron_core): not supported")
     if config.get("layer_replication"):
         raise ModelError(f"{folder / CONFIG}: repeats layers of the base (layer_replication): not supported")
     found = re.fullmatch(r"pissa_niter_(\d+)", str(config.get("init_lora_weights")))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fourbit.errors import ModelError
 from fourbit.limits import LimitError, limited, parse_json
-from fourbit.model.finite import check_finite
+from fourbit.model.finite import check_stored
 
 CONFIG = "adapter_config.json"
 WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -192,7 +192,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read ({error})") from None
     for name, tensor in weights.items():
-        check_finite(tensor, f"{file}: '{name}'")
+        check_stored(tensor, f"{file}: '{name}'")
     return weights
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from fourbit.errors import FourBitError, ModelError
 from fourbit.limits import parse_json
 from fourbit.model import sizes
+from fourbit.model.finite import check_finite
 from fourbit.model.formats import bnb, gguf, hf
 from fourbit.model.formats.lazy import LazyTensor
 from fourbit.model.quantizer import FourBitQuantizer, linear_names
@@ -65,10 +67,13 @@ def open_base(
         del config.quantization_config
     skeleton = make_skeleton(place, config, trust_remote_code)
     if scheme is not None:
-        tensors = bnb.restored(packed, scheme, {name: tuple(p.shape) for name, p in _weights(skeleton)})
+        tensors = bnb.restored(packed, scheme, weight_shapes(skeleton), str(place))
     else:
         tensors = gguf.open_file(place, skeleton) if place.is_file() else hf.open_folder(place)
-    tensors = {canonical_name(name, skeleton): tensor for name, tensor in tensors.items()}
+    tensors = {
+        canonical_name(name, skeleton): _finite(tensor, f"{place}: '{name}'")
+        for name, tensor in tensors.items()
+    }
     base = Base(place, config, skeleton, tensors, scheme)
     _check_complete(base)
     return base
@@ -81,6 +86,25 @@ def check_readable(path: str, stored: dict[str, Any] | None) -> None:
             f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); "
             "give the 16-bit model"
         )
+
+
+def weight_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name, tied ones under each of theirs."""
+    return {name: tuple(parameter.shape) for name, parameter in _weights(skeleton)}
+
+
+def check_fit(place: Path, skeleton: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise ModelError for a stored weight, by the skeleton's name, of another shape or of whole numbers."""
+    for name, shape in weight_shapes(skeleton).items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ModelError(f"{place}: '{name}' is stored as {tensor.dtype}, which holds no weights")
+        if tensor.shape is not None and tensor.shape != shape:
+            raise ModelError(
+                f"{place}: '{name}' has shape {list(tensor.shape)}, the config says {list(shape)}"
+            )
 
 
 def quantized_weights(skeleton: PreTrainedModel) -> set[str]:
@@ -151,7 +175,7 @@ def read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> Pretrai
         raise ModelError(f"{file}: cannot be read ({error}); download it again") from None
     if not isinstance(written, dict):
         raise ModelError(f"{file}: not a model's configuration; download it again")
-    sizes.check_layers(file, written)
+    sizes.check_numbers(file, written)
     config: PretrainedConfig = guard(
         file, lambda: AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     )
@@ -190,6 +214,17 @@ def _weights(skeleton: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return list(skeleton.named_parameters(remove_duplicate=False))
 
 
+def _finite(tensor: LazyTensor, where: str) -> LazyTensor:
+    """The same tensor, whose reader raises ModelError for NaN and infinity."""
+
+    def read() -> torch.Tensor:
+        values = tensor.read()
+        check_finite(values, where)
+        return values
+
+    return LazyTensor(read, tensor.dtype, tensor.shape)
+
+
 def _has(skeleton: PreTrainedModel, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     try:
@@ -199,14 +234,7 @@ def _has(skeleton: PreTrainedModel, name: str) -> bool:
 
 
 def _check_complete(base: Base) -> None:
-    tied = base.tied
-    for name, parameter in _weights(base.skeleton):
-        tensor = base.tensors.get(name)
-        if tensor is None:
-            if name not in tied:
-                raise ModelError(f"{base.path}: lacks '{name}'; the checkpoint is incomplete")
-        elif tensor.shape is not None and tensor.shape != tuple(parameter.shape):
-            raise ModelError(
-                f"{base.path}: '{name}' has shape {list(tensor.shape)}, "
-                f"the config says {list(parameter.shape)}"
-            )
+    check_fit(base.path, base.skeleton, base.tensors)
+    for name in weight_shapes(base.skeleton):
+        if name not in base.tensors and name not in base.tied:
+            raise ModelError(f"{base.path}: lacks '{name}'; the checkpoint is incomplete")

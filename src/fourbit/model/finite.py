@@ -24,6 +24,13 @@ def check_finite(tensor: Tensor, where: str) -> None:
         )
 
 
+def check_stored(tensor: Tensor, where: str) -> None:
+    """Raise ModelError beginning with `where` unless a tensor holds finite floating-point numbers."""
+    if not tensor.is_floating_point():
+        raise ModelError(f"{where} is stored as {tensor.dtype}, which holds no weights")
+    check_finite(tensor, where)
+
+
 def check_model(model: nn.Module, source: str) -> None:
     """Raise ModelError for a weight, or a scale of a 4-bit weight, that is not finite."""
     for name, parameter in model.named_parameters():

@@ -19,12 +19,14 @@ from fourbit.errors import ModelError
 from fourbit.model import tokenizer as tokenizers
 from fourbit.model.base import (
     canonical_name,
+    check_fit,
     check_readable,
     guard,
     locate,
     make_skeleton,
     quantized_weights,
     read_config,
+    weight_shapes,
 )
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.finite import check_model
@@ -149,6 +151,7 @@ def _open(
         del config.quantization_config
         skeleton = make_skeleton(source, config, trust_remote_code)
         check_total(source, skeleton, packed)
+        bnb.check_places(scheme, str(source), weight_shapes(skeleton))
         left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
         settings = FourBitConfig(
             scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left
@@ -157,6 +160,7 @@ def _open(
     skeleton = make_skeleton(source, config, trust_remote_code)
     tensors = gguf.open_file(source, skeleton) if is_gguf else hf.open_folder(source)
     check_total(source, skeleton, tensors)
+    check_fit(source, skeleton, {canonical_name(name, skeleton): t for name, t in tensors.items()})
     if quant_type == "none":
         return tensors, None
     settings = FourBitConfig(quant_type, block_size, double_quant)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
+from math import isnan, prod
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ _MOST_PER_BYTE = 4
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
-def check_layers(file: Path, config: Any) -> None:
-    """Raise ModelError for a parsed config.json that names an absurd number of layers, at any level."""
+def check_numbers(file: Path, config: Any) -> None:
+    """Raise ModelError for a parsed config.json with an absurd number of layers or a NaN, at any level."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key in _LAYERS:
                 check_layer_count(file, key, value)
-            check_layers(file, value)
+            if isinstance(value, float) and isnan(value):
+                raise ModelError(f"{file}: {key} is NaN; download it again")
+            check_numbers(file, value)
 
 
 def check_layer_count(file: Path, key: str, value: Any) -> None:

@@ -13,7 +13,6 @@ fourbit holds the same bytes as flat uint8 parameters `weight`, `weight_absmax`,
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -32,6 +31,10 @@ from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 _MARK = ".quant_state.bitsandbytes__"
 #: bitsandbytes writes some 150 bytes. Its versions differ in the last bit of the maps.
 _LONGEST_STATE, _MAP_ERROR = 1 << 16, 1e-6
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
+#: Types of the scales, and those that bytes of codes may be stored as (bnb_4bit_quant_storage).
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_STORAGE = (*_FLOATS, torch.int8)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -42,7 +45,7 @@ class BnbScheme:
     quant_type: str
     block_size: int
     double_quant: bool
-    quantized: frozenset[str]  # module names, without ".weight"
+    quantized: dict[str, tuple[int, ...]]  # module names, without ".weight", and the weights' shapes
 
 
 def is_bnb_4bit(quantization_config: dict[str, Any] | None) -> bool:
@@ -71,34 +74,48 @@ def convert_names(tensors: dict[str, LazyTensor], where: str) -> tuple[dict[str,
         if not any(k == w or k.startswith(w + ".") for w in (_owner(k),) if w in states)
     }
     schemes: dict[tuple[str, int, bool], str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for weight, key in states.items():
         state = _parse_state(tensors[key], where, weight)
         nested = "nested_offset" in state
         schemes.setdefault((state["quant_type"], state["blocksize"], nested), weight)
         result |= _convert_one(tensors, weight, state, nested, where)
+        shapes[weight.removesuffix(".weight")] = tuple(state["shape"])
     if len(schemes) > 1:
         (first, one), (second, other) = list(schemes.items())[:2]
         raise ModelError(
             f"{where}: '{one}' is {first} and '{other}' is {second}; mixed 4-bit schemes are not supported"
         )
     quant_type, block_size, nested = next(iter(schemes))
-    modules = frozenset(weight.removesuffix(".weight") for weight in states)
-    return result, BnbScheme(quant_type, block_size, nested, modules)
+    return result, BnbScheme(quant_type, block_size, nested, shapes)
+
+
+def check_places(scheme: BnbScheme, where: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ModelError for a quantized weight that the model, whose `shapes` these are, does not have."""
+    for module, shape in scheme.quantized.items():
+        wanted = shapes.get(f"{module}.weight")
+        if wanted is None:
+            raise ModelError(f"{where}: 4-bit '{module}.weight' has no place in the model of the config")
+        if wanted != shape or len(shape) != 2:
+            raise ModelError(
+                f"{where}: 4-bit '{module}.weight' has shape {list(shape)}, the config says {list(wanted)}"
+            )
 
 
 def restored(
-    tensors: dict[str, LazyTensor], scheme: BnbScheme, shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, LazyTensor], scheme: BnbScheme, shapes: dict[str, tuple[int, ...]], where: str
 ) -> dict[str, LazyTensor]:
-    """What `convert_names` returned with every quantized weight as its fp32 values [out, in] instead."""
+    """What `convert_names` returned with every quantized weight as its fp32 values [out, in] instead.
+
+    Raises ModelError for a weight that is not among the model's `shapes`.
+    """
+    check_places(scheme, where, shapes)
     packed = {
         f"{name}.{leaf}" for name in scheme.quantized for leaf in ("weight", "weight_absmax", "weight_consts")
     }
     result = {name: tensor for name, tensor in tensors.items() if name not in packed}
     for module in scheme.quantized:
         name = f"{module}.weight"
-
-        if name not in shapes:
-            raise ModelError(f"4-bit weight '{name}' has no place in the model that the config describes")
 
         def read(name: str = name) -> Tensor:
             rows, columns = shapes[name]
@@ -190,7 +207,20 @@ def _convert_one(
         except KeyError:
             raise ModelError(f"{where}: '{weight}{suffix}' is missing; is the checkpoint complete?") from None
 
+    def check_length(suffix: str, count: int, *types: torch.dtype) -> None:
+        stored = part(suffix)
+        values = prod(stored.shape or ())
+        if stored.dtype not in types or values != count:
+            raise ModelError(
+                f"{where}: '{weight}{suffix}' has {values} values of {stored.dtype}, its shape "
+                f"{state['shape']} needs {count} of {types[0]}"
+            )
+
     codes, absmax = part(""), part(".absmax")
+    values, size = prod(state["shape"]), codes.dtype.itemsize
+    blocks = -(-values // state["blocksize"])
+    check_length("", -(-values // (2 * size)), torch.uint8, *_STORAGE)
+    check_length(".absmax", blocks, *((torch.uint8,) if nested else _FLOATS))
     _check_map(
         tensors.get(f"{weight}.quant_map"), codebook(state["quant_type"]), where, f"{weight}.quant_map"
     )
@@ -208,6 +238,7 @@ def _convert_one(
         _check_map(
             tensors.get(f"{weight}.nested_quant_map"), dynamic_map(), where, f"{weight}.nested_quant_map"
         )
+        check_length(".nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), *_FLOATS)
         offset = torch.tensor([float(state["nested_offset"])], dtype=torch.float32)
         result[f"{weight}_consts"] = LazyTensor(
             lambda: torch.cat([second.read().to(torch.float32).reshape(-1), offset]).view(torch.uint8),
@@ -231,8 +262,8 @@ def _parse_state(stored: LazyTensor, where: str, weight: str) -> dict[str, Any]:
             raise ValueError("unknown quant_type or blocksize")
         if state["dtype"] not in _DTYPES or not all(isinstance(n, int) and n > 0 for n in state["shape"]):
             raise ValueError("unknown dtype or shape")
-        if "nested_offset" in state and not abs(float(state["nested_offset"])) < math.inf:
-            raise ValueError("nested_offset is not a number")
+        if "nested_offset" in state and not abs(float(state["nested_offset"])) <= _LARGEST_FLOAT:
+            raise ValueError("nested_offset is no fp32 number")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ModelError(f"{where}: the quant_state of '{weight}' is malformed ({error})") from None
     return state
