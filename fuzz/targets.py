@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fourbit import limits
 from fourbit.config import DataSettings, load_config
 from fourbit.data.encode import encode
 from fourbit.data.read import read_rows
@@ -38,9 +38,6 @@ from tests.exporting.gguf.models import byte_level
 from tests.tiny import CHATML, byte_tokenizer
 
 CORPUS = Path(__file__).parent / "corpus"
-#: Of chat templates and patterns that do not end; ten seconds each would leave time for little else.
-limits.SECONDS, limits.MEMORY, limits._LOOK_EVERY = 0.2, 256 << 20, 0.05
-
 Read = Callable[[bytes, Path], None]
 
 
@@ -135,6 +132,8 @@ def _safetensors(data: bytes, folder: Path) -> None:
 
 
 def _index(data: bytes, folder: Path) -> None:
+    for number, name in enumerate("ab", start=1):
+        save_file({name: torch.zeros(2)}, str(folder / f"model-{number}.safetensors"))
     (folder / "model.safetensors.index.json").write_bytes(data)
     hf.open_folder(folder)
 
@@ -263,7 +262,7 @@ def _metrics(data: bytes, folder: Path) -> None:
 TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensors),
     "index": Target(_index),
-    "gguf": Target(_gguf),
+    "gguf": Target(_gguf, slow=True),
     "gguf_model": Target(_gguf_model, slow=True),
     "bnb": Target(_bnb),
     "model_config": Target(_model_config, slow=True),
