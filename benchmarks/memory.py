@@ -195,7 +195,7 @@ def write_model(name: str, folder: Path) -> None:
     kind, *sizes = SHAPES[name]
     known = dict(zip(_KEYS, sizes, strict=True))
     config = AutoConfig.for_model(kind, **known, max_position_embeddings=8192, pad_token_id=0, eos_token_id=2)
-    skeleton = make_skeleton(config, False)
+    skeleton = make_skeleton(target, config, False)
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(str(target))
     files: dict[str, dict[str, Any]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -23,6 +24,11 @@ from pydantic import (
 )
 
 from fourbit.errors import ConfigError, nearest
+
+#: A config file has a few kilobytes; YAML is read slowly.
+_LARGEST_CONFIG = 1 << 18
+_brief = Repr()
+_brief.maxstring = _brief.maxother = 200
 
 QuantType = Literal["nf4", "fp4", "int4", "none"]
 #: Why a row cannot be trained.
@@ -346,17 +352,23 @@ def dump_config(config: RunConfig) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST_CONFIG + 1)
+        if len(raw) > _LARGEST_CONFIG:
+            raise ConfigError(f"{path}: larger than {_LARGEST_CONFIG:,} bytes; give a config file")
+        tree = _parse_yaml(raw.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such config file; `fourbit init {path}` writes one to start from"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not valid YAML (not valid UTF-8)") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "not valid UTF-8"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise ConfigError(f"{path}{where}: not valid YAML ({problem})") from None
     if tree is None:
         return {}
@@ -368,12 +380,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which can make a few lines stand for gigabytes, or for themselves."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # so in its stubs
+            raise yaml.composer.ComposerError(None, None, "aliases are not read; write it out", mark)
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str) -> Any:
+    """A tree of plain values. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except Exception as error:  # a date or number that is none makes its constructor raise
+        raise yaml.YAMLError(f"a value is malformed: {error}") from None
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override}: write it as section.key=value, such as lora.r=32")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from None
     if isinstance(value, dict):  # no single setting is a mapping: {text} is a template, as typed
@@ -390,6 +424,7 @@ def _one_line(error: ValidationError, source: str) -> str:
     first, count = error.errors()[0], error.error_count()
     where = [str(part) for part in first["loc"]]
     name = ".".join(where)
+    shown = _brief.repr(first["input"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])
         hint = nearest(where[-1], known) or f"; known are {', '.join(known)}"
@@ -399,10 +434,10 @@ def _one_line(error: ValidationError, source: str) -> str:
     elif first["type"] == "value_error":
         text = f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
     elif first["type"] == "model_type":
-        text = f"'{name}' = {first['input']!r}: must be a section with {', '.join(_known_keys(where))}"
+        text = f"'{name}' = {shown}: must be a section with {', '.join(_known_keys(where))}"
     else:
         meaning = "" if first["type"] == "literal_error" else _meaning(where)
-        text = f"'{name}' = {first['input']!r}: {_lower(str(first['msg']))}{meaning}"
+        text = f"'{name}' = {shown}: {_lower(str(first['msg']))}{meaning}"
     more = f" (and {count - 1} more)" if count > 1 else ""
     return f"{source}: {text}{more}"
 

@@ -10,11 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+#: More of a message is left out: names in a stranger's file can be as long as the file.
+_LONGEST = 1000
+
 
 class FourBitError(Exception):
-    """Base of every error that a user can cause or repair."""
+    """Base of every error that a user can cause or repair.
+
+    The message is one line of at most 1,000 characters, and what could command a terminal is written as an
+    escape, whatever stood in the file that it speaks of.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[: _LONGEST + 1])
+        super().__init__(shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}...")
 
 
 class ConfigError(FourBitError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from rich.text import Text
 from fourbit.cli.adapter_scores import read_scoring, score_adapters
 from fourbit.cli.common import console, print_json, stage_progress
 from fourbit.errors import ConfigError, ModelError
+from fourbit.limits import parse_json
 
 if TYPE_CHECKING:
     from fourbit.exporting.provenance import Step
@@ -133,7 +133,7 @@ def _heldout_loss(path: Path, steps: list[Step]) -> float | None:
     if path.name != "adapter" or not summary.exists():
         return None
     try:
-        loss = json.loads(summary.read_text(encoding="utf-8"))["heldout_loss"]
+        loss = parse_json(summary.read_bytes())["heldout_loss"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None if loss is None else float(loss)

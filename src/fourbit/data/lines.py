@@ -10,6 +10,7 @@ from typing import Any
 from fourbit.data.packed import Member
 from fourbit.data.row import Row, kind_of
 from fourbit.errors import DataError
+from fourbit.limits import check_depth, parse_json
 
 File = Path | Member
 
@@ -25,11 +26,11 @@ def json_lines(path: File) -> Iterator[Row]:
             continue
         text = _decode(raw, f"{path}:{number}")
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except json.JSONDecodeError as error:
             raise _malformed(path, number, f"{error.msg}, column {error.colno}") from None
-        except RecursionError:
-            raise _malformed(path, number, "nested too deeply") from None
+        except ValueError as error:
+            raise _malformed(path, number, str(error)) from None
         yield _object(value, path, number)
 
 
@@ -49,10 +50,13 @@ def json_list(path: File) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
+            check_depth(value)
         except json.JSONDecodeError as error:
             raise _malformed(path, error.lineno, f"{error.msg}, column {error.colno}") from None
         except RecursionError:
             raise _malformed(path, line, "nested too deeply") from None
+        except ValueError as error:
+            raise _malformed(path, line, str(error)) from None
         yield _object(value, path, line)
         position = _after_item(text, position, path)
     rest = _skip_space(text, position + 1)

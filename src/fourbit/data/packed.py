@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,8 @@ LARGEST_RATIO = 200
 ALWAYS_READ = 64 << 20
 MOST_FILES = 10_000
 _CHUNK = 1 << 20
+#: Others (LZMA) take as much memory as the file tells them to.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def unpack(path: Path) -> Iterator[Member]:
             with path.open("rb") as raw, _stream(path, raw) as file:
                 content = _read(file, path.stat().st_size, str(path))
             yield Member(str(path.with_suffix("")), content)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes unpackers raise every class there is
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(f"{path}: cannot be unpacked ({reason}); write it again") from None
 
@@ -81,6 +84,8 @@ def _unzip(path: Path) -> Iterator[Member]:
             name = f"{path}/{entry.filename}"
             if entry.flag_bits & 1:
                 raise DataError(f"{name}: is encrypted; unpack it first")
+            if entry.compress_type not in _METHODS:
+                raise DataError(f"{name}: is packed by an unusual method; unpack it first")
             with archive.open(entry) as file:
                 content = _read(file, 0, name, left)
             left -= len(content)

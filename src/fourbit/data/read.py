@@ -116,6 +116,10 @@ def _folder(path: Path) -> Iterator[Row]:
             "name the files in it"
         )
     for file in sorted(found):
+        if not file.is_file() or not file.resolve().is_relative_to(path.resolve()):
+            raise DataError(
+                f"{file}: not a file in this folder but a link out of it, or no file; name what is meant"
+            )
         yield from whole_text(file)
 
 

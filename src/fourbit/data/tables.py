@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fourbit.data.packed import Member
+from fourbit.data.packed import ALWAYS_READ, LARGEST_RATIO, Member
 from fourbit.data.row import Row
 from fourbit.errors import DataError
+from fourbit.limits import parse_json
+
+_ROWS_AT_ONCE = 1024
+#: What a row takes in memory though it holds nothing: columns of nulls take no bytes in a file.
+_ROW_BYTES = 100
 
 
 def delimited(path: Path | Member, delimiter: str) -> Iterator[Row]:
@@ -77,11 +82,14 @@ def parquet(path: Path) -> Iterator[Row]:
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow; `pip install pyarrow`") from None
     try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        size = path.stat().st_size
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _numbered(file.iter_batches(batch_size=_batch_size(file, size)), path, size)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes pyarrow raise every class there is
         reason = _first_line(error)
         raise DataError(f"{path}: not a readable Parquet file ({reason}); write it again") from None
-    yield from _numbered(records, path)
 
 
 def datasets_folder(path: Path) -> Iterator[Row]:
@@ -91,23 +99,102 @@ def datasets_folder(path: Path) -> Iterator[Row]:
     except ImportError:
         raise DataError(f"{path}: reading this folder needs datasets; `pip install datasets`") from None
     try:
+        size = sum(_inside(path, file) for file in _named_files(path))
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(loaded, datasets.DatasetDict):
+            names = sorted(loaded)
+            if len(names) != 1:
+                listed = ", ".join(names)
+                raise DataError(f"{path}: holds the splits {listed}; name one, such as {path / names[0]}")
+            loaded = loaded[names[0]]
+        # The reader of Arrow files believes the offsets in them.
+        for part in (loaded.data, loaded._indices):
+            if part is not None:
+                part.table.validate(full=True)
+        # As Arrow: `datasets` itself would open the files and addresses that a column of images names.
+        plain = loaded.with_format("arrow")
+        yield from _numbered(_batches(plain), path, size)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged folder makes datasets and pyarrow raise every class there is
         reason = _first_line(error)
         raise DataError(f"{path}: not a readable `datasets` folder ({reason}); save it again") from None
-    if isinstance(loaded, datasets.DatasetDict):
-        names = sorted(loaded)
-        if len(names) != 1:
-            listed = ", ".join(names)
-            raise DataError(f"{path}: holds the splits {listed}; name one, such as {path / names[0]}")
-        loaded = loaded[names[0]]
-    yield from _numbered(loaded.to_list(), path)
 
 
-def _numbered(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
-    for number, fields in enumerate(records, start=1):
-        blank = all(value is None or value == "" for value in fields.values())
-        yield Row({} if blank else fields, str(path), number)
+def _named_files(path: Path) -> Iterator[Path]:
+    """The files of rows that a `datasets` folder, or each split in it, says it has."""
+    folders = [path]
+    if (path / "dataset_dict.json").exists():
+        splits = parse_json((path / "dataset_dict.json").read_bytes())["splits"]
+        folders = [path / split for split in splits]
+    for folder in folders:
+        state = parse_json((folder / "state.json").read_bytes())
+        names = [entry["filename"] for entry in state["_data_files"]]
+        names += [entry["filename"] for entry in state.get("_indices_data_files") or []]
+        yield from (folder / name for name in names)
+
+
+def _inside(path: Path, file: Path) -> int:
+    """The size of a file; raises DataError if it lies outside the folder."""
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise DataError(f"{path}: names a file outside the folder ({file}); save it again")
+    return file.stat().st_size
+
+
+def _batch_size(file: Any, packed: int) -> int:
+    """Rows to read at once: each may be as long as its row group, whose values a file stores but once."""
+    groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+    longest = max((group.total_byte_size for group in groups), default=0)
+    return max(1, min(_ROWS_AT_ONCE, _limit(packed) // max(1, longest)))
+
+
+def _batches(dataset: Any) -> Iterator[Any]:
+    for start in range(0, len(dataset), _ROWS_AT_ONCE):
+        yield dataset[start : start + _ROWS_AT_ONCE]
+
+
+def _numbered(batches: Iterable[Any], path: Path, packed: int) -> Iterator[Row]:
+    """The rows of Arrow batches, up to the limit that the size of their file sets."""
+    limit = _limit(packed)
+    number = size = 0
+    for batch in batches:
+        size += sum(map(_bytes, batch.schema.names, batch.columns)) + _ROW_BYTES * batch.num_rows
+        if size > limit:
+            raise DataError(
+                f"{path}: grows to more than {limit >> 20:,} MiB when unpacked, over {LARGEST_RATIO} times "
+                "its size; write it as .jsonl if that is meant"
+            )
+        for fields in batch.to_pylist():
+            number += 1
+            blank = all(value is None or value == "" for value in fields.values())
+            yield Row({} if blank else fields, str(path), number)
+
+
+def _limit(packed: int) -> int:
+    return max(ALWAYS_READ, LARGEST_RATIO * packed)
+
+
+def _bytes(name: str, column: Any) -> int:
+    """What a column takes once each row has a value of its own."""
+    import pyarrow.compute
+
+    kind = column.type
+    if str(kind).startswith("dictionary<") and str(kind.value_type) in ("string", "large_string"):
+        chunks = getattr(column, "chunks", [column])
+        lengths = (pyarrow.compute.binary_length(c.dictionary).take(c.indices) for c in chunks)
+        return sum(pyarrow.compute.sum(length).as_py() or 0 for length in lengths)
+    if _shares(kind):
+        raise ValueError(f"column '{name}' is {kind}, whose rows can share values")
+    return int(column.nbytes)
+
+
+def _shares(kind: Any) -> bool:
+    """Whether values of an Arrow type can stand for far more bytes than they hold."""
+    kind = getattr(kind, "storage_type", kind)
+    head = str(kind).partition("<")[0]
+    if head == "dictionary" or head == "run_end_encoded" or head.endswith("_view"):
+        return True
+    return any(_shares(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def _first_line(error: Exception) -> str:

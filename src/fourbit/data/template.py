@@ -41,11 +41,14 @@ from fourbit.data.turns import (
     written_parts,
 )
 from fourbit.errors import DataError
+from fourbit.limits import LimitError, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "fourbit-probe-of-the-closing"
+#: Characters that a template may add to a conversation, and how often it may repeat it.
+_LONGEST_FRAME, _LARGEST_RATIO = 1 << 20, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +94,32 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text; with `answer_next`, up to where the assistant would go on.
 
-        Raises RowError beginning with `where` if the template refuses the conversation.
+        Raises RowError beginning with `where` if the template refuses the conversation, and DataError if it
+        runs away: it came with the model, and is a program.
         """
-        from jinja2 import TemplateError
-
         given: dict[str, Any] = {} if tools is None else {"tools": tools}
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_next, **given
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            with limited():
+                text = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=answer_next, **given
+                )
+        except LimitError as error:
+            raise DataError(
+                f"{where}: the chat template of the model does not come to an end ({error}); "
+                "use another model"
+            ) from None
+        except Exception as error:  # a template can raise every class there is
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RowError(
                 "refused", f"{where}: the chat template refuses the conversation ({reason}); change the row"
             ) from None
         assert isinstance(text, str)
+        longest = _LONGEST_FRAME + _LARGEST_RATIO * len(repr((messages, tools)))
+        if len(text) > longest:
+            raise DataError(
+                f"{where}: the chat template of the model writes {len(text):,} characters, too many for this "
+                "conversation; use another model"
+            )
         return text
 
     def whole(self, messages: list[Message], where: str, tools: list[Any] | None = None) -> Rendering:

@@ -47,6 +47,18 @@ class TextTokenizer:
         self._untrimmed = _without_trimming(tokenizer.backend_tokenizer)
 
     def __call__(self, texts: list[str]) -> list[Tokens]:
+        """Raises DataError where a pattern of the tokenizer does not come to an end with one of the texts."""
+        try:
+            return self._tokens(texts)
+        except BaseException as error:
+            # How the Rust library says that its limit of steps was reached; no subclass of Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"{self._tokenizer.name_or_path}: the tokenizer breaks off ({error}); use another model's"
+            ) from None
+
+    def _tokens(self, texts: list[str]) -> list[Tokens]:
         if self._untrimmed is not None:
             encodings = self._untrimmed.encode_batch(texts, add_special_tokens=False)
             return [Tokens(encoding.ids, encoding.offsets) for encoding in encodings]

@@ -6,11 +6,11 @@ name `reasoning_content`, `reasoning` or `thinking`.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from fourbit.data.row import RowError, kind_of
+from fourbit.limits import parse_json
 
 Message = dict[str, Any]
 
@@ -85,8 +85,8 @@ def check_tools(value: object, where: str) -> list[Any] | None:
     """The column `tools`: a list of function descriptions, objects or JSON text; None if it is empty."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+            value = parse_json(value)
+        except ValueError:
             raise RowError("refused", f"{where}: 'tools' is text, but not valid JSON; repair it") from None
     if not value:
         return None
@@ -115,8 +115,8 @@ def _call(call: object, where: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (json.JSONDecodeError, RecursionError):
+            arguments = parse_json(arguments or "{}")
+        except ValueError:
             raise RowError(
                 "refused", f"{where}: the arguments of a tool call are not valid JSON; repair them"
             ) from None

@@ -20,6 +20,7 @@ from fourbit.evaluate.context import transformers_model
 from fourbit.evaluate.generate import Answer, decode, stop_ids, stream
 from fourbit.evaluate.prompt_cache import PromptCache
 from fourbit.evaluate.sampling import GREEDY, Sampling
+from fourbit.limits import parse_json
 from fourbit.model.adapter_set import BASE, AdapterSet
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Conversation:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from a saved conversation instead of this one. Raises DataError, and this one stays."""
         try:
-            messages = json.loads(Path(path).read_text(encoding="utf-8"))["messages"]
+            messages = parse_json(Path(path).read_bytes())["messages"]
             turns: list[Turn] = [{"role": m["role"], "content": m["content"]} for m in messages]
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -8,7 +8,6 @@ Its ranks and alphas may differ by layer. Whatever else an adapter can hold is r
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -23,6 +22,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import ModelError
+from fourbit.limits import LimitError, limited, parse_json
+from fourbit.model.adapter_folder import weights_file
+from fourbit.model.finite import check_stored
 from fourbit.model.formats.lazy import LazyTensor
 
 _PREFIX = "base_model.model."
@@ -113,7 +115,7 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel, config: dict[str, Any]
     for name, tensor in replaced.items():
         owner, _, leaf = name.rpartition(".")
         known = getattr(_module(folder, skeleton, owner), leaf, None)
-        if known is None:
+        if not isinstance(known, Tensor):
             raise ModelError(f"{folder}: '{name}' has no place in this model")
         if not _fits(name, tensor, tuple(known.shape), skeleton):
             raise _misfit(folder, name, tensor.shape, tuple(known.shape))
@@ -126,7 +128,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error})") from None
     if not isinstance(config, dict):
@@ -154,18 +156,19 @@ def _check_mergeable(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _open(folder: Path) -> dict[str, LazyTensor]:
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        pickled = (folder / "adapter_model.bin").exists()
-        hint = "only pickled weights, which are never loaded" if pickled else "the weights are missing"
-        raise ModelError(f"{file}: {hint}; save the adapter as safetensors")
+    file = weights_file(folder)
     try:
         handle = safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{file}: truncated or damaged ({error})") from None
 
     def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: handle.get_tensor(name)
+        def read() -> Tensor:
+            tensor: Tensor = handle.get_tensor(name)
+            check_stored(tensor, f"{file}: '{name}'")
+            return tensor
+
+        return read
 
     return {
         name: LazyTensor(reader(name), torch.float32, tuple(handle.get_slice(name).get_shape()))
@@ -192,11 +195,18 @@ def _delta(
     assert b.shape is not None
     # Known by the layer's class: PEFT corrects a wrong fan_in_fan_out in the same way.
     transposed = not isinstance(target, nn.Linear)
-    rank, alpha = _rank_and_alpha(config, module)
+    try:
+        with limited():
+            rank, alpha = _rank_and_alpha(config, module)
+        if rank < 1 or not 0 <= alpha < math.inf:
+            raise ValueError(f"r {rank}, lora_alpha {alpha}")
+    except (LimitError, re.error, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ModelError(f"{folder}: rank and alpha of '{module}' cannot be read ({error})") from None
     weight = tuple(target.weight.shape)
     expected = (weight[::-1] if transposed else weight, rank)
-    found = ((b.shape[0], a.shape[1]), a.shape[0])
-    if found != expected or b.shape[1] != rank:
+    # Of one dimension, say, in a file that is no adapter's.
+    flat = len(a.shape) != 2 or len(b.shape) != 2
+    if flat or ((b.shape[0], a.shape[1]), a.shape[0]) != expected or b.shape[1] != rank:
         raise ModelError(
             f"{folder}: '{module}' has A {list(a.shape)} and B {list(b.shape)}, which does not fit a weight "
             f"{list(weight)} at rank {rank}; is this the adapter's base?"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fourbit.data.render import Example
-from fourbit.errors import ModelError
 from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
 from fourbit.exporting.scoring import RowProgress, RowScore
+from fourbit.model.formats import gguf
 
 #: The Python binding of llama.cpp.
 PACKAGE = "xllamacpp"
@@ -18,7 +17,7 @@ PACKAGE = "xllamacpp"
 
 def is_lora(file: Path) -> bool:
     """Whether a GGUF file holds an adapter alone. Raises ModelError for a damaged file."""
-    return bool(_field(file, "general.type") == "adapter")
+    return gguf.read_metadata(file, "general.type") == "adapter"
 
 
 class LlamaCpp:
@@ -26,7 +25,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, lora: Path | None, context: int) -> None:
         self.name = f"llama.cpp ({PACKAGE} {version(PACKAGE)})"
-        self.chat_template: str | None = _field(path, "tokenizer.chat_template")
+        self.chat_template = gguf.read_metadata(path, "tokenizer.chat_template")
         self._reader = LlamaCppReader(path, lora=lora, context=context)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -41,15 +40,3 @@ class LlamaCpp:
 
     def close(self) -> None:
         self._reader.close()
-
-
-def _field(file: Path, name: str) -> Any:
-    """A value of a GGUF file's metadata, or None."""
-    from gguf import GGUFReader
-
-    try:
-        found = GGUFReader(str(file)).get_field(name)
-        return found.contents() if found is not None else None
-    except Exception as error:  # the reader raises every class there is on a damaged file
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(f"{file}: cannot be read as GGUF ({reason}); is the file complete?") from error

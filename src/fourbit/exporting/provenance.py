@@ -22,6 +22,7 @@ from typing import Any
 
 import fourbit
 from fourbit.errors import ModelError
+from fourbit.limits import parse_json
 
 FILE = "provenance.json"
 #: Bytes hashed at a time.
@@ -97,7 +98,7 @@ def read(place: Path) -> list[Step]:
     if not path.exists():
         return []
     try:
-        steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+        steps = parse_json(path.read_bytes())["steps"]
         return [
             Step(**{**step, "sources": tuple(Source(**source) for source in step["sources"])})
             for step in steps

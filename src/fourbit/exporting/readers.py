@@ -11,7 +11,6 @@ adapter folder                              PEFT, on the base at 16 bits read by
 from __future__ import annotations
 
 import gc
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,9 @@ from fourbit.data.tokens import TextTokenizer
 from fourbit.errors import FourBitError, ModelError
 from fourbit.exporting.llama_cpp import PACKAGE, LlamaCpp, is_lora
 from fourbit.exporting.scoring import RowProgress, RowScore, score_rows
+from fourbit.limits import parse_json
 from fourbit.memory.measure import release_free_memory
+from fourbit.model.adapter_check import check_adapter
 from fourbit.model.adapters import load_adapter
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load
@@ -151,7 +152,7 @@ def format_of(artifact: Path) -> str:
     if not (artifact / "config.json").exists():
         raise ModelError(f"{artifact}: no model folder, adapter folder or .gguf file; give what was exported")
     try:
-        config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((artifact / "config.json").read_bytes())
         method = (config.get("quantization_config") or {}).get("quant_method", "16-bit")
     except (OSError, ValueError, AttributeError):
         raise ModelError(f"{artifact / 'config.json'}: cannot be read; export again") from None
@@ -189,6 +190,7 @@ def _read_adapter(
     from peft import PeftModel
 
     base = _from_pretrained(Path(settings.path), dtype, device, settings.trust_remote_code)
+    check_adapter(folder, base)  # PEFT would load pickled weights
     with _quiet():
         model = PeftModel.from_pretrained(base, str(folder))
     tokenizer = _tokenizer(folder, False) if (folder / "tokenizer.json").exists() else None

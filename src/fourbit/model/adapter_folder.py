@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourbit.errors import ModelError
+from fourbit.limits import LimitError, limited, parse_json
+from fourbit.model.finite import check_stored
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 #: What PEFT puts before the name of a module, and after it: the factors of linear layers and of embeddings.
 PREFIX = "base_model.model."
 FACTORS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
@@ -111,7 +114,7 @@ def adapter_at(place: str | os.PathLike[str]) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises ModelError."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG).read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG}: cannot be read ({error})") from None
     if not isinstance(config, dict):
@@ -139,8 +142,11 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def summarize(folder: Path) -> AdapterSummary:
-    """An adapter's summary, its weights read only where their file is not safetensors. Raises ModelError."""
+    """An adapter's summary; its weights are not read. Raises ModelError."""
     config, shapes = read_config(folder), _read_shapes(folder)
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or (), list | tuple | dict):
+            raise ModelError(f"{folder / CONFIG}: {key} is {config[key]!r}, not a list or table")
     factors = {
         name.removeprefix(PREFIX).removesuffix(f".{ending}"): shape[0]
         for name, shape in shapes.items()
@@ -157,7 +163,7 @@ def summarize(folder: Path) -> AdapterSummary:
         targets=tuple(sorted({name.rsplit(".", 1)[-1] for name in factors})),
         saved=tuple(config.get("modules_to_save") or ()),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        bytes=_weights_file(folder).stat().st_size,
+        bytes=weights_file(folder).stat().st_size,
     )
 
 
@@ -168,33 +174,34 @@ def _variant(config: dict[str, Any]) -> str:
     return ", ".join(names) or "LoRA"
 
 
-def _weights_file(folder: Path) -> Path:
-    for name in WEIGHTS:
-        if (folder / name).exists():
-            return folder / name
-    raise ModelError(f"{folder}: no weights here ({WEIGHTS[0]} is missing)")
+def weights_file(folder: Path) -> Path:
+    """The adapter's safetensors file. Raises ModelError; pickled weights are never loaded."""
+    file = folder / WEIGHTS
+    if not file.exists():
+        pickled = (folder / _PICKLED).exists()
+        hint = "only pickled weights, which are never loaded" if pickled else "the weights are missing"
+        raise ModelError(f"{file}: {hint}; save the adapter as safetensors")
+    return file
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    file = _weights_file(folder)  # without it PEFT would take the path for a name on the hub
+    file = weights_file(folder)
     try:
-        weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:
-        # Whatever a damaged file provokes: safetensors, pickle and zip each raise their own.
-        raise ModelError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+        with safe_open(str(file), framework="pt") as stored:
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read ({error})") from None
+    for name, tensor in weights.items():
+        check_stored(tensor, f"{file}: '{name}'")
     return weights
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    file = _weights_file(folder)
-    if file.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in _read_weights(folder).items()}
+    file = weights_file(folder)
     try:
         with safe_open(str(file), framework="pt") as stored:
             return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read ({error})") from None
 
 
@@ -208,19 +215,27 @@ def _layers(
             name = key.removeprefix(PREFIX).removesuffix(f".{ending}")
             b = tensors.get(f"{PREFIX}{name}.{other}")
             a = tensors[key]
-            rank = _of_layer(config, "rank_pattern", "r", name)
-            if b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
+            rank = _of_layer(folder, config, "rank_pattern", "r", name)
+            if b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank or rank < 1:
                 found = f"A {list(a.shape)}, B {list(b.shape) if b is not None else 'missing'}"
                 raise ModelError(f"{folder}: '{name}' does not fit its settings, rank {rank:g}: {found}")
-            alpha = _of_layer(config, "alpha_pattern", "lora_alpha", name)
+            alpha = _of_layer(folder, config, "alpha_pattern", "lora_alpha", name)
             scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             yield name, LoraFactors(a, b, scaling, embedding)
 
 
-def _of_layer(config: dict[str, Any], patterns: str, default: str, name: str) -> float:
+def _of_layer(folder: Path, config: dict[str, Any], patterns: str, default: str, name: str) -> float:
     """A setting of one layer, by PEFT's rule: the first pattern that matches, else the adapter's own."""
-    found = config.get(patterns) or {}
-    return float(found.get(get_pattern_key(list(found), name), config[default]))
+    try:
+        found = config.get(patterns) or {}
+        with limited():
+            key = get_pattern_key(list(found), name)
+        value = float(found.get(key, config[default]))
+    except (LimitError, re.error, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ModelError(f"{folder / CONFIG}: no {default} for '{name}' can be read ({error})") from None
+    if not 0 <= value < math.inf:
+        raise ModelError(f"{folder / CONFIG}: {default} of '{name}' is {value}")
+    return value
 
 
 def rank_of(layers: Iterable[LoraFactors]) -> int:
@@ -239,7 +254,7 @@ def write_adapter(folder: Path, config: dict[str, Any], layers: dict[str, LoraFa
         tensors[f"{PREFIX}{name}.{b}"] = layer.b.to(torch.float32).contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(folder / WEIGHTS[0]), metadata={"format": "pt"})
+        save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written ({error.strerror or error})") from error

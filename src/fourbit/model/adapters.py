@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft.tuners.lora.model as peft_lora
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fourbit.config import LoraSettings
 from fourbit.errors import ConfigError, ModelError, nearest
+from fourbit.model.adapter_check import check_adapter, check_complete
 from fourbit.nn.dropout import KeySource
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
@@ -89,6 +91,7 @@ def load_adapter(
     """
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
+    check_adapter(Path(folder), model)
     try:
         with _fourbit_layers():
             if isinstance(model, PeftModel):
@@ -98,9 +101,10 @@ def load_adapter(
                 adapted = PeftModel.from_pretrained(
                     model, os.fspath(folder), adapter_name=name, is_trainable=trainable
                 )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # strange settings make PEFT raise every class there is
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{folder}: this adapter does not fit the model ({reason})") from error
+    check_complete(Path(folder), adapted, name)
     return _wire(adapted)
 
 
@@ -149,6 +153,8 @@ def _fourbit_layers() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT asks transformers in words that transformers has deprecated since.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # An error of ours says it (model.adapter_check).
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             yield
     finally:
         peft_lora.dispatch_default = original

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fourbit.errors import FourBitError, ModelError
+from fourbit.limits import parse_json
+from fourbit.model import sizes
+from fourbit.model.finite import check_finite
 from fourbit.model.formats import bnb, gguf, hf
 from fourbit.model.formats.lazy import LazyTensor
 from fourbit.model.quantizer import FourBitQuantizer, linear_names
@@ -55,19 +58,22 @@ def open_base(
     Raises ModelError for what cannot be read, is quantized otherwise, or lacks weights.
     """
     place = locate(os.fspath(path), revision)
-    config = guard(place, partial(read_config, place, place.is_file(), trust_remote_code))
+    config = read_config(place, place.is_file(), trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
     scheme = None
     if stored is not None:
         packed, scheme = bnb.convert_names(hf.open_folder(place), str(place))
         del config.quantization_config
-    skeleton = guard(place, partial(make_skeleton, config, trust_remote_code))
+    skeleton = make_skeleton(place, config, trust_remote_code)
     if scheme is not None:
-        tensors = bnb.restored(packed, scheme, {name: tuple(p.shape) for name, p in _weights(skeleton)})
+        tensors = bnb.restored(packed, scheme, weight_shapes(skeleton), str(place))
     else:
         tensors = gguf.open_file(place, skeleton) if place.is_file() else hf.open_folder(place)
-    tensors = {canonical_name(name, skeleton): tensor for name, tensor in tensors.items()}
+    tensors = {
+        canonical_name(name, skeleton): _finite(tensor, f"{place}: '{name}'")
+        for name, tensor in tensors.items()
+    }
     base = Base(place, config, skeleton, tensors, scheme)
     _check_complete(base)
     return base
@@ -80,6 +86,25 @@ def check_readable(path: str, stored: dict[str, Any] | None) -> None:
             f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); "
             "give the 16-bit model"
         )
+
+
+def weight_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name, tied ones under each of theirs."""
+    return {name: tuple(parameter.shape) for name, parameter in _weights(skeleton)}
+
+
+def check_fit(place: Path, skeleton: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise ModelError for a stored weight, by the skeleton's name, of another shape or of whole numbers."""
+    for name, shape in weight_shapes(skeleton).items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ModelError(f"{place}: '{name}' is stored as {tensor.dtype}, which holds no weights")
+        if tensor.shape is not None and tensor.shape != shape:
+            raise ModelError(
+                f"{place}: '{name}' has shape {list(tensor.shape)}, the config says {list(shape)}"
+            )
 
 
 def quantized_weights(skeleton: PreTrainedModel) -> set[str]:
@@ -140,21 +165,37 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def read_config(source: Path, is_gguf: bool, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's configuration, from config.json or GGUF metadata."""
+    """The model's configuration, from config.json or GGUF metadata. Raises ModelError."""
     if is_gguf:
         return gguf.read_config(source)
-    return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    file = source / "config.json"
+    try:
+        written = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}); download it again") from None
+    if not isinstance(written, dict):
+        raise ModelError(f"{file}: not a model's configuration; download it again")
+    sizes.check_numbers(file, written)
+    config: PretrainedConfig = guard(
+        file, lambda: AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    )
+    return config
 
 
 def make_skeleton(
-    config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None
+    source: Path, config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model on the meta device: names and shapes without memory; dtype as the config says or as given."""
+    """The model on the meta device: names and shapes without memory; dtype as the config says or as given.
+
+    Raises ModelError.
+    """
     given = {} if dtype is None else {"dtype": dtype}
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, **given
-        )
+
+    def build() -> Any:
+        with torch.device("meta"), sizes.modules_counted(source):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **given)
+
+    model: PreTrainedModel = guard(source, build)
     return model
 
 
@@ -164,13 +205,24 @@ def guard(source: Path, action: Any) -> Any:
         return action()
     except FourBitError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:240]
+    except Exception as error:  # a strange config makes transformers raise every class there is
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise ModelError(f"{source}: cannot be loaded ({reason})") from error
 
 
 def _weights(skeleton: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return list(skeleton.named_parameters(remove_duplicate=False))
+
+
+def _finite(tensor: LazyTensor, where: str) -> LazyTensor:
+    """The same tensor, whose reader raises ModelError for NaN and infinity."""
+
+    def read() -> torch.Tensor:
+        values = tensor.read()
+        check_finite(values, where)
+        return values
+
+    return LazyTensor(read, tensor.dtype, tensor.shape)
 
 
 def _has(skeleton: PreTrainedModel, name: str) -> bool:
@@ -182,14 +234,7 @@ def _has(skeleton: PreTrainedModel, name: str) -> bool:
 
 
 def _check_complete(base: Base) -> None:
-    tied = base.tied
-    for name, parameter in _weights(base.skeleton):
-        tensor = base.tensors.get(name)
-        if tensor is None:
-            if name not in tied:
-                raise ModelError(f"{base.path}: lacks '{name}'; the checkpoint is incomplete")
-        elif tensor.shape is not None and tensor.shape != tuple(parameter.shape):
-            raise ModelError(
-                f"{base.path}: '{name}' has shape {list(tensor.shape)}, "
-                f"the config says {list(parameter.shape)}"
-            )
+    check_fit(base.path, base.skeleton, base.tensors)
+    for name in weight_shapes(base.skeleton):
+        if name not in base.tensors and name not in base.tied:
+            raise ModelError(f"{base.path}: lacks '{name}'; the checkpoint is incomplete")

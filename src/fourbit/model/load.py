@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,17 +19,21 @@ from fourbit.errors import ModelError
 from fourbit.model import tokenizer as tokenizers
 from fourbit.model.base import (
     canonical_name,
+    check_fit,
     check_readable,
     guard,
     locate,
     make_skeleton,
     quantized_weights,
     read_config,
+    weight_shapes,
 )
 from fourbit.model.compute import choose_compute_dtype, choose_device
+from fourbit.model.finite import check_model
 from fourbit.model.formats import bnb, gguf, hf
 from fourbit.model.formats.lazy import LazyTensor, OriginalTensor
 from fourbit.model.quantizer import FourBitConfig, linear_names
+from fourbit.model.sizes import check_total
 from fourbit.nn.linear import Linear4bit
 
 
@@ -89,7 +92,7 @@ def load(
     compute = choose_compute_dtype(compute_dtype, target)
     source = locate(os.fspath(path), revision)
     is_gguf = source.is_file()
-    config = guard(source, partial(read_config, source, is_gguf, trust_remote_code))
+    config = read_config(source, is_gguf, trust_remote_code)
     tokenizer = _read_tokenizer(source, trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
@@ -101,6 +104,7 @@ def load(
         if stored is not None:  # what makes transformers take the packed tensors as they are
             config.quantization_config = settings.to_dict()
     model = _build(source, config, tensors, settings, compute.dtype, target, trust_remote_code)
+    check_model(model, str(source))
     tokenizers.fit_embeddings(model, tokenizer)
     model.requires_grad_(False)
     report = _report(os.fspath(path), model, settings, compute.reason)
@@ -142,16 +146,21 @@ def _open(
     """The unread tensors, and how to hold them (None: as they are)."""
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
-        tensors, scheme = bnb.convert_names(hf.open_folder(source), str(source))
+        packed = hf.open_folder(source)
+        tensors, scheme = bnb.convert_names(packed, str(source))
         del config.quantization_config
-        skeleton = make_skeleton(config, trust_remote_code)
+        skeleton = make_skeleton(source, config, trust_remote_code)
+        check_total(source, skeleton, packed)
+        bnb.check_places(scheme, str(source), weight_shapes(skeleton))
         left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
         settings = FourBitConfig(
             scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left
         )
         return tensors, settings
-    skeleton = make_skeleton(config, trust_remote_code)
+    skeleton = make_skeleton(source, config, trust_remote_code)
     tensors = gguf.open_file(source, skeleton) if is_gguf else hf.open_folder(source)
+    check_total(source, skeleton, tensors)
+    check_fit(source, skeleton, {canonical_name(name, skeleton): t for name, t in tensors.items()})
     if quant_type == "none":
         return tensors, None
     settings = FourBitConfig(quant_type, block_size, double_quant)
@@ -175,7 +184,7 @@ def _build(
     device: torch.device,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    model_class = type(make_skeleton(config, trust_remote_code))
+    model_class = type(make_skeleton(source, config, trust_remote_code))
     arguments: dict[str, Any] = {
         "config": config,
         "state_dict": tensors,
@@ -202,7 +211,9 @@ def _build(
         raise ModelError(f"{source}: '{name}' has shape {shapes[0]}, the config says {shapes[1]}")
     model.name_or_path = model.config.name_or_path = str(source)  # PEFT writes it into adapters
     if (source / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(str(source))
+        model.generation_config = guard(
+            source / "generation_config.json", lambda: GenerationConfig.from_pretrained(str(source))
+        )
     return model
 
 

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.errors import ModelError
 
+#: Of a model's rows, what its tokenizer has ids for at least.
+_SMALLEST_SHARE = 0.5
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
@@ -63,13 +65,17 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     Returns how many were added; raises ModelError when tokenizer and model cannot belong together.
     """
-    rows, needed = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, len(tokenizer)
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    # Of the ids, not the number of tokens: a vocabulary may have holes, or one token far beyond the others.
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    # Models round their rows up, to a multiple of 1024 at most.
+    if not _SMALLEST_SHARE * rows <= needed <= rows + 1024:
+        raise ModelError(
+            f"{model.name_or_path}: the tokenizer has ids up to {needed - 1} and the model {rows} rows: "
+            "they do not belong together"
+        )
     if needed <= rows:
         return 0
-    if needed - rows > 1024:
-        raise ModelError(
-            f"the tokenizer has {needed} tokens and the model {rows} rows: they do not belong together"
-        )
     model.resize_token_embeddings(needed, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:

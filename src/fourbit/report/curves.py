@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from fourbit.errors import TrainingError
+from fourbit.limits import parse_json
 
 #: (finished optimizer steps, value), by step.
 Series = list[tuple[int, float]]
@@ -94,10 +94,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise TrainingError(
             f"{path}: cannot be read ({error.strerror}); give the folder of a run that has trained a step"
         ) from None
+    except UnicodeDecodeError:
+        raise TrainingError(f"{path}: not text; restore it from a backup") from None
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            found.append({"step": 0, **json.loads(line)})
+            values = {"step": 0, **parse_json(line)}
+            if any(not isinstance(value, int | float) for value in values.values()):
+                raise ValueError("not a number")
+            found.append(values)
         except (ValueError, TypeError):
             raise TrainingError(f"{path}:{number}: not a line of metrics; repair or remove it") from None
     return found

@@ -5,7 +5,6 @@ Row text is private, so samples and masked rows are shown only when asked for.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ from markupsafe import Markup
 from fourbit.config import RunConfig, dump_config, load_config
 from fourbit.errors import ConfigError, DataError
 from fourbit.exporting import provenance
+from fourbit.limits import parse_json
 from fourbit.report import page
 from fourbit.report.chart import Line, line_chart, number
 from fourbit.report.curves import Curves, Series, read_curves, smooth, thin
@@ -187,7 +187,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it or write it again") from None
     return found if isinstance(found, dict) else {}

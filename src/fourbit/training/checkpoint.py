@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import TrainingError
+from fourbit.limits import parse_json
 from fourbit.training import durable
 
 ADAPTER = "adapter"
@@ -138,7 +139,7 @@ def newest(folder: Path, note: Callable[[str], None]) -> Saved | None:
     for path in reversed(found):
         try:
             return Saved(path, _read_state(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             note(f"{path}: damaged ({error}); looking for the checkpoint before it")
     if found:
         raise TrainingError(
@@ -152,7 +153,7 @@ def recorded_compute_dtype(folder: Path) -> str | None:
     """The compute dtype of a run, from its newest checkpoint that can be read."""
     for path in reversed(_by_step(folder)):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads((path / _STATE).read_text(encoding="utf-8"))["identity"]["compute_dtype"])
+            return str(parse_json((path / _STATE).read_bytes())["identity"]["compute_dtype"])
     return None
 
 
@@ -178,7 +179,7 @@ def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def _read_state(path: Path) -> State:
     """Raises ValueError, naming the file, where a checksum is wrong."""
-    content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    content = parse_json((path / _STATE).read_bytes())
     if content.pop("sha256", None) != _digest(content):
         raise ValueError(f"{_STATE}: the checksum is wrong")
     found = durable.checksums(path)

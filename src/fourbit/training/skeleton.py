@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from fourbit.config import RunConfig
 from fourbit.model.adapters import add_lora
 from fourbit.model.base import (
     check_readable,
-    guard,
     locate,
     make_skeleton,
     quantized_weights,
@@ -31,7 +29,7 @@ def run_skeleton(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel | Pef
     """
     settings, full = config.model, config.lora is None
     place = locate(settings.path, settings.revision)
-    found = guard(place, partial(read_config, place, place.is_file(), settings.trust_remote_code))
+    found = read_config(place, place.is_file(), settings.trust_remote_code)
     stored = getattr(found, "quantization_config", None)
     check_readable(settings.path, stored)
     scheme = None
@@ -39,10 +37,8 @@ def run_skeleton(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel | Pef
         _, scheme = bnb.convert_names(hf.open_folder(place), str(place))
         del found.quantization_config
     with torch.device("meta"):
-        model = guard(
-            place,
-            partial(make_skeleton, found, settings.trust_remote_code, torch.float32 if full else dtype),
-        )
+        kept = torch.float32 if full else dtype
+        model: Any = make_skeleton(place, found, settings.trust_remote_code, kept)
         if scheme is not None:
             packed = {f"{name}.weight" for name in scheme.quantized}
             _pack(model, packed, scheme.quant_type, scheme.block_size, scheme.double_quant, dtype)

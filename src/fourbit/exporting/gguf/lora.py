@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from fourbit.errors import ModelError
 from fourbit.exporting.gguf import architecture
 from fourbit.exporting.gguf.write import file_names, parameter_shapes, written_aside
+from fourbit.model.adapter_folder import read_adapter, weights_file
 
 _PREFIX = "base_model.model."
 # Initializations that change the base's weights: the adapter then belongs to the changed base.
@@ -42,6 +43,7 @@ def write_lora_gguf(
     if config.tie_word_embeddings and "lm_head" in pairs:
         raise _refused(folder, "it adapts lm_head, which is the embedding in this model")
     _check_base(folder, pairs, config)
+    read_adapter(folder)  # raises where ranks, alphas or values cannot be
     with written_aside(target) as partial:
         _write(partial, folder, adapter, pairs, names, config, arch)
     return target
@@ -93,7 +95,7 @@ def _read_config(folder: Path) -> LoraConfig:
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
     try:
         adapter = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # strange settings make PEFT raise every class there is
         raise ModelError(f"{folder}: adapter_config.json cannot be read ({error})") from error
     if not isinstance(adapter, LoraConfig):
         raise _refused(folder, "it is not a LoRA adapter")
@@ -116,7 +118,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _read_pairs(folder: Path) -> dict[str, dict[str, Tensor]]:
-    file = folder / "adapter_model.safetensors"
+    file = weights_file(folder)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -138,7 +140,7 @@ def _check_base(folder: Path, pairs: dict[str, dict[str, Tensor]], config: Pretr
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ModelError(f"{folder}: '{module}' lacks lora_{'B' if 'A' in pair else 'A'}; train again")
-        found = (pair["B"].shape[0], pair["A"].shape[1])
+        found = (*pair["B"].shape[:-1], *pair["A"].shape[1:])
         wanted = shapes.get(f"{module}.weight")
         if found != wanted:
             there = f"is {list(wanted)} there" if wanted else "is not there"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from fourbit.errors import ModelError
 from fourbit.model.formats import pretokenizers
+from fourbit.model.formats.gguf_check import check_gguf
 from fourbit.model.formats.lazy import LazyTensor
+from fourbit.model.sizes import check_layer_count
 
 
 def read_config(file: Path) -> PretrainedConfig:
-    """The model's configuration from the file's metadata."""
+    """The model's configuration from the file's metadata. Raises ModelError."""
+    for key, number in check_gguf(file).items():
+        if key.endswith(".block_count"):
+            check_layer_count(file, key, number)
     return _guard(file, lambda: AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name))
 
 
@@ -35,13 +41,14 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     otherwise, and its versions differ in what else they take from the file; here the file's own split and
     its first and last token are set. Raises ModelError for a way to split that is not known.
     """
+    check_gguf(file)
     tokenizer: Any = _guard(
         file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     )
     reader = _open(file)
-    if _text(reader, "tokenizer.ggml.model") != "gpt2":
+    if _text(file, reader, "tokenizer.ggml.model") != "gpt2":
         return tokenizer
-    name = _text(reader, "tokenizer.ggml.pre")
+    name = _text(file, reader, "tokenizer.ggml.pre")
     split = pretokenizers.by_name(name)
     if split is None:
         raise ModelError(
@@ -59,10 +66,7 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 def read_metadata(file: Path, key: str) -> str | None:
     """One text of the file's metadata, such as general.license, or None."""
-    from gguf import GGUFReader
-
-    field = _guard(file, lambda: GGUFReader(str(file))).get_field(key)
-    return str(field.contents()) if field is not None else None
+    return _text(file, _open(file), key) or None
 
 
 def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
@@ -78,7 +82,7 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
     )
 
     reader = _open(file)
-    architecture = _text(reader, "general.architecture") or "unknown"
+    architecture = _text(file, reader, "general.architecture") or "unknown"
     processor_class: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = processor_class(config=skeleton.config.to_dict())
     names = _guard(file, lambda: get_gguf_hf_weights_map(skeleton, processor))
@@ -91,6 +95,11 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
             raise ModelError(f"{file}: tensor '{entry.name}' has no place in a {architecture} model")
         name = names[entry.name]
         shape = tuple(skeleton.get_parameter(name).shape)
+        if prod(shape) != entry.n_elements:
+            raise ModelError(
+                f"{file}: tensor '{entry.name}' has {entry.n_elements:,} values, "
+                f"the config says {list(shape)}"
+            )
         tensors[name] = LazyTensor(_reader(file, entry, processor), torch.float32, shape)
     return tensors
 
@@ -98,12 +107,13 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
 def _open(file: Path) -> Any:
     from gguf import GGUFReader
 
+    check_gguf(file)
     return _guard(file, lambda: GGUFReader(str(file)))
 
 
-def _text(reader: Any, key: str) -> str:
+def _text(file: Path, reader: Any, key: str) -> str:
     field = reader.get_field(key)
-    return str(field.contents()) if field is not None else ""
+    return _guard(file, lambda: str(field.contents())) if field is not None else ""
 
 
 def _reader(file: Path, entry: Any, processor: Any) -> Callable[[], Tensor]:

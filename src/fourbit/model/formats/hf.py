@@ -5,7 +5,6 @@ Pickled weights (`pytorch_model.bin`) are never loaded: unpickling runs code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourbit.errors import ModelError
+from fourbit.limits import parse_json
 from fourbit.model.formats.lazy import LazyTensor
 
 _DTYPES = {
@@ -38,13 +38,14 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise ModelError(f"{index}: not a valid index of weight files; download it again") from None
-        files = [folder / name for name in names]
-        for file in files:
-            if file.parent.resolve() != folder.resolve():
-                raise ModelError(f"{index}: names a file outside the model folder ({file.name})")
+        for name in names:
+            # Of the name alone: the file may be a link, as those in the hub's cache are.
+            if name != Path(name).name or name in ("", ".", ".."):
+                raise ModelError(f"{index}: names a file outside the model folder ({name})")
         return files
     single = folder / "model.safetensors"
     if single.exists():
@@ -64,7 +65,7 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
         handle = safe_open(str(file), framework="pt")
     except FileNotFoundError:
         raise ModelError(f"{file}: missing, though the index names it; download it again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from None
 
     def reader(name: str) -> Callable[[], Tensor]:
@@ -73,7 +74,7 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
             try:
                 with safe_open(str(file), framework="pt") as own:
                     return own.get_tensor(name)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise _damaged(file, error) from None
 
         return read
