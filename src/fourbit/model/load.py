@@ -200,7 +200,7 @@ def _build(
             model, info = guard(source, lambda: model_class.from_pretrained(None, **arguments))
     except ModelError:
         if settings is not None and settings._failure is not None:
-            raise settings._failure from None
+            raise ModelError(f"{source}: {settings._failure}") from None
         raise
     if info["missing_keys"]:
         raise ModelError(
