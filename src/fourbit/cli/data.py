@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +11,7 @@ from rich.text import Text
 
 from fourbit.cli.common import add_config_arguments, console, print_json, read_settings, stage_progress
 from fourbit.errors import ConfigError
+from fourbit.private import open_private
 
 if TYPE_CHECKING:
     from fourbit.data.gate import Report
@@ -115,10 +114,7 @@ def _write(path: str, report: Report, rows: list[tuple[Example, list[Cell]]], ti
     from fourbit.data.view import page
 
     try:
-        # It holds what the rows say: for its owner only.
-        handle = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o600)
+        with open_private(path) as file:
             file.write(page(report, rows, title))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
