@@ -6,6 +6,7 @@ Nothing here runs at import; the `fourbit` command calls both, the library only 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,19 @@ QUIET = {
 }
 
 
+#: Where it is installed, bitsandbytes (which PEFT imports) and some models of transformers take compiled code
+#: from the hub through it, unasked, as they are imported. Without it they use their own.
+_FETCHES_CODE = "kernels"
+
+
 def silence_dependencies() -> None:
-    """Switch telemetry of dependencies off, before they are imported; what the user has set stays."""
+    """Before dependencies are imported: switch their telemetry off, and what fetches code from the hub.
+
+    What the user has set in the environment stays.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    sys.modules.setdefault(_FETCHES_CODE, None)  # type: ignore[arg-type]  # how Python marks what is absent
 
 
 @contextmanager
