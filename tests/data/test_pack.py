@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data.batch import NO_LOSS, collate
+from fourbit.config import TrainSettings
+from fourbit.data.batch import NO_LOSS, collate, effective_batches
 from fourbit.data.encode import encode
-from fourbit.data.order import permutation
-from fourbit.data.pack import best_fit, collate_packed, fill
+from fourbit.data.pack import best_fit, collate_packed
 from fourbit.data.read import read_rows
 from fourbit.data.render import Example
+from fourbit.data.steps import epoch_fill, groups
 from fourbit.errors import ConfigError
 from fourbit.model.adapters import add_lora, key_source
 from fourbit.nn.attention import use_tiled_attention
@@ -40,20 +42,37 @@ def test_the_fullest_pack_that_has_room_is_taken():
     assert best_fit([], 10) == []
 
 
-def test_the_shipped_data_fills_packs(smollm2, settings):
+@pytest.mark.parametrize(("part", "every"), [("train", 3), ("test", 1)])
+def test_the_shipped_data_is_packed_to_97_percent(smollm2, settings, part, every):
+    """Of what an epoch computes, whatever shares a step; and, rows enough, of packs of one fixed size."""
     folder = Path(__file__).parents[2] / "demo" / "banking77"
     wanted = settings(prompt="{text}", completion="{category}")
-    rows = read_rows([folder / "train.csv"], wanted)
-    lengths = [len(e.input_ids) for e in encode(rows[::5], smollm2, wanted).examples]
+    rows = read_rows([folder / f"{part}.csv"], wanted)
+    examples = encode(rows[::every], smollm2, wanted).examples
+    for capacity in (256, 512, 1024, 2048):
+        for batch, grouped in product((8, 16, 64), (True, False)):
+            train = TrainSettings(packing=capacity, effective_batch=batch, group_by_length=grouped)
+            assert epoch_fill(examples, train).share >= 0.98
+    assert epoch_fill(examples, TrainSettings()).share < 0.95  # padded
+    lengths = [len(example.input_ids) for example in examples]
     for capacity in (512, 1024, 2048):
-        assert fill(lengths, best_fit(lengths, capacity), capacity) >= 0.97
-    # And so are the sequences that training computes, steps of 16 rows drawn by chance.
-    order = permutation(len(lengths), 0)
-    computed = 0
-    for start in range(0, len(order), 16):
-        step = [lengths[index] for index in order[start : start + 16]]
-        computed += sum(-(-sum(step[i] for i in pack) // 8) * 8 for pack in best_fit(step, 512))
-    assert sum(lengths) / computed >= 0.97
+        assert sum(lengths) / (capacity * len(best_fit(lengths, capacity))) >= 0.97
+
+
+@pytest.mark.parametrize("packing", [None, 48])
+def test_the_fill_is_that_of_the_batches(packing):
+    rows = examples() * 3
+    train = TrainSettings(packing=packing, effective_batch=4, micro_batch=3)
+    lay = collate if packing is None else collate_packed
+    batches = [
+        lay([rows[i] for i in group], 0)
+        for step in effective_batches(rows, 4, train.seed, 0, train.group_by_length)
+        for group in groups(step, rows, train)
+    ]
+    found = epoch_fill(rows, train)
+    assert found.batches == len(batches)
+    assert found.computed == sum(batch.input_ids.numel() for batch in batches)
+    assert found.tokens == sum(len(row.input_ids) for row in rows)
 
 
 def examples() -> list[Example]:

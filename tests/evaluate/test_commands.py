@@ -95,6 +95,19 @@ class TestEval:
         assert result["adapter"]["accuracy"] == result["base"]["accuracy"]
         assert result["adapter"]["loss"] == result["base"]["loss"]
 
+        # The same figures stay in the run folder, without what the rows say.
+        kept = json.loads((folder / "evaluation.json").read_text())
+        assert kept == {"data": [], "settings": [], **result}
+        assert not {"samples", "confusions", "confusion_table"} & set(kept["base"])
+        setting = "eval.max_new_tokens=4"
+        assert run("eval", str(folder), "--data", test_file, "--set", setting, "--with-text")[0] == 0
+        kept = json.loads((folder / "evaluation.json").read_text())
+        assert (kept["data"], kept["settings"], len(kept["base"]["samples"])) == ([test_file], [setting], 3)
+        # Those of another adapter are not the run's, and stay out.
+        before = (folder / "evaluation.json").read_bytes()
+        assert run("eval", str(folder), "--adapter", str(folder / "adapter"), "--limit", "1")[0] == 0
+        assert (folder / "evaluation.json").read_bytes() == before
+
     def test_metrics_and_what_differs(
         self, run: Run, tmp_path: Path, model_folder: str, adapter_folder: str, test_file: str
     ) -> None:
@@ -170,7 +183,7 @@ class TestEval:
             ((), 2, "give a run folder, or --model"),
             (("--model", "MODEL", "--multiple-choice"), 2, "--multiple-choice needs --data"),
             (("--model", "MODEL", "--data", "FILE", "--multiple-choice"), 3, "needs the column 'choices'"),
-            (("--model", "MODEL", "--data", "FILE", "--with-text"), 2, "--with-text needs --output"),
+            (("--model", "MODEL", "--data", "FILE", "--with-text"), 2, "--with-text needs --output, --json"),
             (("--model", "MODEL", "--data", "FILE", "--output", "no/x.jsonl"), 2, "there is no folder no"),
             (("--model", "MODEL", "--data", "FILE", "--lm-eval", "t.yaml"), 2, "goes without --data"),
             (("--model", "MODEL", "--lm-eval", "none.yaml"), 2, "none.yaml: no such task file"),

@@ -92,6 +92,22 @@ def test_an_interrupt_between_micro_batches(
     assert [name for name in whole if whole[name] != stopped[name]] == []
 
 
+def test_packed_rows_are_taken_up_too(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt between two packs of a step, then one after a step: rows and dropout are the same."""
+    changes = {"train__packing": 150, "lora__dropout": 0.2}
+    trained(settings(output=str(tmp_path / "whole"), **changes))
+    config = settings(output=str(tmp_path / "stopped"), **changes)
+    with monkeypatch.context() as patch:
+        stop_after(patch, "collate_packed", 3)
+        assert trained(config)[0] == "interrupted"
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_optimizer_step", 2)
+        assert trained(config, resume=True)[0] == "interrupted"
+    assert trained(config, resume=True)[0] == "done"
+    whole, stopped = contents(tmp_path / "whole"), contents(config.output)
+    assert [name for name in whole if whole[name] != stopped[name]] == []
+
+
 def test_full_fine_tuning_is_taken_up_too(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

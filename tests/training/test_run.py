@@ -146,8 +146,25 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(settings: Any) -> None:
     training.run(settings(), quiet())
     with pytest.raises(ConfigError, match="holds a run already; --resume goes on with it"):
         training.run(settings(), quiet())
+    for name in ("evaluation.json", "report.html"):
+        (Path(settings().output) / name).touch()
     training.run(settings(train__max_steps=3), quiet(), overwrite=True)
     assert len([line for line in lines(settings().output) if "loss" in line]) == 3
+    # What was said of the run that is gone goes with it.
+    assert not {"evaluation.json", "report.html"} & {path.name for path in Path(settings().output).iterdir()}
+
+
+def test_scores_stay_until_their_adapter_is_replaced(settings: Any) -> None:
+    config = settings(train__max_steps=3, train__eval_every=3, data__heldout_fraction=0)
+    training.run(config, quiet())
+    scores = Path(config.output) / "evaluation.json"
+    scores.touch()
+    training.run(config, quiet(), resume=True)  # ended already
+    assert scores.exists()
+    training.run(
+        settings(train__max_steps=6, train__eval_every=3, data__heldout_fraction=0), quiet(), resume=True
+    )
+    assert not scores.exists()
 
 
 def test_resuming_where_there_is_nothing(settings: Any) -> None:

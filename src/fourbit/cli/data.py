@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,10 +12,13 @@ from rich.text import Text
 
 from fourbit.cli.common import add_config_arguments, console, print_json, read_settings, stage_progress
 from fourbit.errors import ConfigError
+from fourbit.private import open_private
 
 if TYPE_CHECKING:
+    from fourbit.config import TrainSettings
     from fourbit.data.gate import Report
     from fourbit.data.render import Example
+    from fourbit.data.steps import Fill
     from fourbit.data.view import Cell
 
 _TRAINED = ("black on green", "black on bright_green")
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 0:
         raise ConfigError(f"--rows {args.rows}: give 0 or more")
     from fourbit.data.gate import prepare
+    from fourbit.data.steps import epoch_fill
     from fourbit.data.view import cells
     from fourbit.model.tokenizer import open_tokenizer
 
@@ -55,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
     rows = [(example, cells(example, tokenizer)) for example in prepared.train[: args.rows]]
     if args.html:
         _write(args.html, prepared.report, rows, f"What is trained: {', '.join(config.data.train)}")
+    fill = epoch_fill(prepared.train, config.train)
     if args.json:
-        print_json(prepared.report.to_dict())
+        print_json({**prepared.report.to_dict(), "filled": fill.share})
         return 0
     if not args.html:
         for example, tokens in rows:
             _show(example, tokens, out)
-    _print_report(prepared.report, out)
+    _print_report([*prepared.report.lines(), ("filled", _filled(fill, config.train), False)], out)
     if args.html:
         out.print(f"wrote {args.html}, which holds the text of {len(rows):,} rows", highlight=False)
     return 0
@@ -102,11 +106,17 @@ def _visible(text: str) -> str:
     return "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
 
 
-def _print_report(report: Report, out: Console) -> None:
+def _filled(fill: Fill, train: TrainSettings) -> str:
+    how = "micro-batches of" if train.packing is None else "packs of up to"
+    size = train.micro_batch if train.packing is None else train.packing
+    return f"{fill.share:.1%} of the tokens computed in an epoch ({how} {size:,})"
+
+
+def _print_report(lines: Sequence[tuple[str, str, bool]], out: Console) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value, attention in report.lines():
+    for name, value, attention in lines:
         table.add_row(name, Text(value, style="yellow" if attention else ""))
     out.print(table)
 
@@ -115,10 +125,7 @@ def _write(path: str, report: Report, rows: list[tuple[Example, list[Cell]]], ti
     from fourbit.data.view import page
 
     try:
-        # It holds what the rows say: for its owner only.
-        handle = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o600)
+        with open_private(path) as file:
             file.write(page(report, rows, title))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None

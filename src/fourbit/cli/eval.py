@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -31,7 +32,8 @@ def add_parser(subparsers: Any) -> None:
         help="score a model, and its adapter beside it",
         description="Score a model on rows it was not trained on: its answers by the metrics of eval.metrics "
         "(exact match unless set otherwise), loss and perplexity; base and adapter together, with 95 % "
-        "intervals and what differs. Without --data, on the run's held-out rows.",
+        "intervals and what differs. Without --data, on the run's held-out rows. A run's scores stay in its "
+        "folder as evaluation.json, where `fourbit report` finds them.",
         epilog="example: fourbit eval runs/demo --data test.csv --labels-from-column category   |   "
         "fourbit eval runs/maths --data gsm8k.jsonl --set eval.metrics=[number]   |   "
         "fourbit eval runs/demo --data mmlu.jsonl --multiple-choice",
@@ -65,7 +67,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output", metavar="FILE.jsonl", help="also write each row's scores, without its texts"
     )
-    parser.add_argument("--with-text", action="store_true", help="write the texts into --output too")
+    parser.add_argument(
+        "--with-text",
+        action="store_true",
+        help="texts of rows too, in --output; samples and confusions, in --json and the run folder",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, progress on standard error")
     parser.set_defaults(run=run)
 
@@ -97,8 +103,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--lm-eval goes without --data and --output: the task file names its own data")
     if args.model is not None and not args.data and not args.lm_eval:
         raise ConfigError("--model needs --data: the rows to score")
-    if args.with_text and not args.output:
-        raise ConfigError("--with-text needs --output: the file to write")
+    if args.with_text and not (args.output or args.json or _is_the_runs_own(args)):
+        raise ConfigError("--with-text needs --output, --json or a run folder: the place to write them to")
     if args.output:
         check_writable(args.output)
 
@@ -134,11 +140,13 @@ def _run_rows(args: argparse.Namespace, config: RunConfig, out: Console) -> None
     apart = differences(results["base"], results["adapter"]) if len(results) == 2 else {}
     if args.output:
         write_rows(args.output, results, args.with_text)
+    texts = args.with_text
+    found = {name: result.to_dict(texts) for name, result in results.items()} | _difference_dict(apart)
     if args.json:
-        found: dict[str, Any] = {name: result.to_dict() for name, result in results.items()}
-        print_json(found | _difference_dict(apart))
+        print_json(found)
     else:
         print_results(results, apart, out)
+    _keep(args, found, args.data or ())
 
 
 def _run_choice(args: argparse.Namespace, config: RunConfig, out: Console) -> None:
@@ -169,11 +177,12 @@ def _run_choice(args: argparse.Namespace, config: RunConfig, out: Console) -> No
     apart = differences(results["base"], results["adapter"]) if len(results) == 2 else {}
     if args.output:
         write_rows(args.output, results, args.with_text)
+    found = {name: result.to_dict() for name, result in results.items()} | _difference_dict(apart)
     if args.json:
-        found: dict[str, Any] = {name: result.to_dict() for name, result in results.items()}
-        print_json(found | _difference_dict(apart))
+        print_json(found)
     else:
         print_choice(results, apart, out)
+    _keep(args, found, args.data)
 
 
 def _run_tasks(args: argparse.Namespace, config: RunConfig, out: Console) -> None:
@@ -186,10 +195,24 @@ def _run_tasks(args: argparse.Namespace, config: RunConfig, out: Console) -> Non
         return score_tasks(subject.model, subject.tokenizer, args.lm_eval, config.eval, limit=args.limit)
 
     results = _of_each(args, subject, score, out)
+    found = {name: [asdict(score) for score in scores] for name, scores in results.items()}
     if args.json:
-        print_json({name: [asdict(score) for score in scores] for name, scores in results.items()})
+        print_json(found)
     else:
         print_tasks(results, out)
+    _keep(args, {name: {"tasks": scores} for name, scores in found.items()}, args.lm_eval)
+
+
+def _is_the_runs_own(args: argparse.Namespace) -> bool:
+    return args.run_folder is not None and args.adapter is None
+
+
+def _keep(args: argparse.Namespace, found: dict[str, Any], data: Sequence[str]) -> None:
+    """Leave the scores in the run folder: last, so that they have been shown whatever the disk says."""
+    from fourbit.evaluate.kept import keep
+
+    if _is_the_runs_own(args):
+        keep(Path(args.run_folder), found, data, args.overrides)
 
 
 def _open(args: argparse.Namespace, config: RunConfig) -> Subject:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from fourbit import __version__
 from fourbit.errors import ConfigError, FourBitError, nearest
+from fourbit.private import owner_only, silence_dependencies
 
 COMMANDS = {
     "init": "write a commented config file to start from",
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     # neighbour has put the awaited thread off, sleeping at once is slower on an idle machine
     # (docs/log.md). Must be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    silence_dependencies()
     # PEFT imports bitsandbytes where it is installed, which then warns of parts that fourbit never uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     argv = sys.argv[1:] if argv is None else argv
@@ -61,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             raise ConfigError(f"unknown argument '{unknown[0]}'; `fourbit {name} --help` lists them")
-        return int(args.run(args))
+        with owner_only():
+            return int(args.run(args))
     except FourBitError as error:
         print(f"fourbit {name}: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -45,8 +45,7 @@ def collate_packed(examples: Sequence[Example], pad_id: int) -> Batch:
     input_ids, labels, position_ids and rows are [1, T]. Padding after the last example has positions that
     make each of its tokens a sequence of its own.
     """
-    length = sum(len(example.input_ids) for example in examples)
-    total = -(-length // MULTIPLE) * MULTIPLE
+    total = packed_size([len(example.input_ids) for example in examples])
     input_ids = torch.full((1, total), pad_id, dtype=torch.int64)
     labels = torch.full((1, total), NO_LOSS, dtype=torch.int64)
     position_ids = torch.zeros((1, total), dtype=torch.int64)
@@ -65,6 +64,6 @@ def collate_packed(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(input_ids, None, labels, position_ids, rows)
 
 
-def fill(lengths: Sequence[int], packs: Sequence[Sequence[int]], capacity: int) -> float:
-    """The share of packs of `capacity` tokens that is not empty."""
-    return sum(lengths) / (len(packs) * capacity)
+def packed_size(lengths: Sequence[int]) -> int:
+    """Tokens of the sequence that rows of these lengths make."""
+    return -(-sum(lengths) // MULTIPLE) * MULTIPLE

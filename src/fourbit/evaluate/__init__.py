@@ -21,6 +21,7 @@
     choice.py        their likeliest letters, as MMLU is scored
     lm_eval.py       lm-eval-harness on a model as it is held here
     rowfile.py       the scores of the rows as a file
+    kept.py          the newest scores of a run, in its folder
 
 Nothing is imported here, so that the scores need neither torch nor transformers.
 """

@@ -22,6 +22,7 @@ from fourbit.evaluate.prompt_cache import PromptCache
 from fourbit.evaluate.sampling import GREEDY, Sampling
 from fourbit.limits import parse_json
 from fourbit.model.adapter_set import BASE, AdapterSet
+from fourbit.private import open_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,8 @@ class Conversation:
             raise ConfigError(f"{path}: exists already; give another name")
         try:
             text = json.dumps({"messages": self._messages()}, ensure_ascii=False)
-            file.write_text(text + "\n", encoding="utf-8")
+            with open_private(file) as stream:
+                stream.write(text + "\n")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
         self._files.add(file.resolve())

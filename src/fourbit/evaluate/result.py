@@ -104,9 +104,9 @@ class EvalResult:
     row_scores: list[RowScore]
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the per-row lists."""
-        return {
+    def to_dict(self, with_text: bool = False) -> dict[str, Any]:
+        """Plain values for JSON, without the per-row lists; what quotes the rows only on request."""
+        found = {
             "rows": self.rows,
             "metrics": {name: asdict(estimate) for name, estimate in self.metrics.items()},
             "accuracy": as_dict(self.accuracy) if self.accuracy else None,
@@ -114,13 +114,17 @@ class EvalResult:
             "loss": self.loss.loss if self.loss else None,
             "perplexity": self.loss.perplexity if self.loss else None,
             "tokens": self.loss.tokens if self.loss else None,
-            "samples": [asdict(sample) for sample in self.samples],
-            "confusions": [asdict(confusion) for confusion in self.confusions[:20]],
-            "confusion_table": asdict(self.table) if self.table else None,
             "cut_answers": self.cut,
             "dropped_rows": self.dropped,
             "seconds": self.seconds,
         }
+        if with_text:
+            found |= {
+                "samples": [asdict(sample) for sample in self.samples],
+                "confusions": [asdict(confusion) for confusion in self.confusions[:20]],
+                "confusion_table": asdict(self.table) if self.table else None,
+            }
+        return found
 
 
 def differences(first: EvalResult, second: EvalResult) -> dict[str, Difference]:

@@ -17,6 +17,7 @@ from typing import Any
 from fourbit.errors import ConfigError
 from fourbit.evaluate.choice import ChoiceResult
 from fourbit.evaluate.result import EvalResult
+from fourbit.private import open_private
 
 
 def check_writable(path: str | Path) -> None:
@@ -34,7 +35,7 @@ def write_rows(
     """Write the rows of results by model name, all of the same rows; ConfigError if that is impossible."""
     lines = zip(*(_rows(name, result, with_text) for name, result in results.items()), strict=True)
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open_private(path) as file:
             for parts in lines:
                 merged: dict[str, Any] = {}
                 for part in parts:

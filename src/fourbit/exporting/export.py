@@ -25,6 +25,7 @@ from fourbit.exporting.serve import KINDS, serving_commands
 from fourbit.exporting.streamed import Progress, Streamed, choose_dtype
 from fourbit.model import tokenizer as tokenizers
 from fourbit.model.base import open_base
+from fourbit.private import owner_only
 
 Kind = Literal["hf", "bnb", "gguf", "lora-gguf", "gptq", "awq"]
 
@@ -70,6 +71,7 @@ class _Request:
         return self.origin.streamed(dtype, self.into, self.original, self.any_base, self.progress)
 
 
+@owner_only()
 def merge(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -101,6 +103,7 @@ def merge(
     return Exported(Path(output), "hf", size, serving_commands("hf", Path(output)), merged.report)
 
 
+@owner_only()
 def export(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],

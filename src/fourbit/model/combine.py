@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from fourbit.errors import ModelError
 from fourbit.model.adapter_folder import Adapter, LoraFactors, rank_of, read_adapter, write_adapter
 from fourbit.model.combinable import Method, check_adapters, check_method
+from fourbit.private import owner_only
 
 #: A second layer of the stand-in model, so that every adapter has one even where it lacks the first.
 _LAYER, _ANCHOR = "layer", "anchor"
@@ -56,6 +57,7 @@ class Combination:
     deviation: float
 
 
+@owner_only()
 def combine(
     adapters: Sequence[tuple[str | os.PathLike[str], float]],
     output: str | os.PathLike[str],

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fourbit.errors import ModelError
 from fourbit.model.formats.bnb import bnb_config, to_bnb
 from fourbit.nn.linear import Linear4bit
+from fourbit.private import owner_only
 
 _SHARD_BYTES = 2_000_000_000
 
@@ -26,6 +27,7 @@ def check_savable(quant_type: str) -> None:
         )
 
 
+@owner_only()
 def save_quantized(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]
 ) -> int:

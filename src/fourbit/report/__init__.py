@@ -4,6 +4,7 @@
     findings.py  what the curves say, each with the numbers it rests on
     chart.py     charts as inline SVG
     page.py      HTML pages that need no network
+    evaluation.py  the scores that `fourbit eval` left, as a table
     masks.py     rows as tokens, the trained ones marked
     run.py       the page of a run folder
 

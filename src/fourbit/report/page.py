@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourbit.errors import ConfigError
+from fourbit.private import open_private
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -25,7 +26,8 @@ def write(path: Path, html: str) -> Path:
     """Write a page, whole or not at all. Raises ConfigError where that cannot be."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(html, encoding="utf-8")
+        with open_private(partial) as file:
+            file.write(html)
         os.replace(partial, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None

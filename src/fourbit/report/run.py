@@ -14,16 +14,16 @@ from markupsafe import Markup
 
 from fourbit.config import RunConfig, dump_config, load_config
 from fourbit.errors import ConfigError, DataError
+from fourbit.evaluate import kept
 from fourbit.exporting import provenance
 from fourbit.limits import parse_json
 from fourbit.report import page
-from fourbit.report.chart import Line, line_chart, number
+from fourbit.report.chart import Line, line_chart
 from fourbit.report.curves import Curves, Series, read_curves, smooth, thin
+from fourbit.report.evaluation import evaluation_table
 from fourbit.report.findings import Finding, findings
 
 FILE = "report.html"
-#: What `fourbit eval RUN --json` prints, kept in the run folder.
-EVALUATION = "evaluation.json"
 _MASKED_ROWS = 4
 _POINTS = 600  # of one line: more than a screen has columns for
 
@@ -47,7 +47,7 @@ def write_report(folder: Path, with_text: bool = False) -> Report:
     config = load_config(folder / "config.yaml")
     curves = read_curves(folder)
     found = findings(curves, full=config.lora is None)
-    evaluation = _read_json(folder / EVALUATION)
+    evaluation = _read_json(folder / kept.FILE)
     html = page.render(
         "run.html",
         title=f"Run {folder.resolve().name}",
@@ -57,7 +57,7 @@ def write_report(folder: Path, with_text: bool = False) -> Report:
         tiles=_tiles(folder, curves),
         findings=found,
         charts=_charts(curves, config),
-        evaluation=_evaluation(evaluation),
+        evaluation=evaluation_table(evaluation),
         with_text=with_text,
         samples=_samples(evaluation) if with_text else [],
         masks=_masks(config) if with_text else [],
@@ -152,21 +152,6 @@ def _noisy(name: str, series: Series) -> list[Line]:
         Line(f"{name}, each step", thin(series, _POINTS), 1, faint=True),
         Line(f"{name}, mean over {width} steps", thin(smooth(series, width), _POINTS), 1),
     ]
-
-
-def _evaluation(found: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Figure to value of each model scored, as text; what is no figure is left out."""
-    table: dict[str, dict[str, str]] = {}
-    for model, result in found.items():
-        for key, value in (result if isinstance(result, dict) else {}).items():
-            if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
-                text = f"{value['value']:.1%} [{value['low']:.1%}, {value['high']:.1%}]"
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                text = number(value)
-            else:
-                continue
-            table.setdefault(key.replace("_", " "), {})[model] = text
-    return table
 
 
 def _samples(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

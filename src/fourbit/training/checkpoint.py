@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import TrainingError
+from fourbit.evaluate import kept
 from fourbit.limits import parse_json
 from fourbit.training import durable
 
@@ -94,6 +95,7 @@ def save_best(folder: Path, model: nn.Module) -> None:
     """Write the adapter a user keeps; a whole one is there at every moment. Raises TrainingError."""
     target = folder / ADAPTER
     with durable.disk_errors(str(target)), durable.discard_on_error(target):
+        (folder / kept.FILE).unlink(missing_ok=True)  # the scores of the one that this replaces
         partial = durable.new_folder(target)
         save_weights(model, partial)
         # The one file of weights says everything; the others are the same throughout a run.

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fourbit.errors import ConfigError
+from fourbit.private import owner_only
 
 _FILE = ".lock"
 
@@ -20,23 +21,21 @@ _FILE = ".lock"
 def hold(folder: Path) -> Iterator[None]:
     """Make the folder if need be and lock it; inside, new files and folders are their owner's alone.
 
-    The mask of file modes (umask) is the process's, so files that other threads create meanwhile are
-    private too. A folder that was made here and stayed empty is removed again.
+    A folder that was made here and stayed empty is removed again.
 
     Raises ConfigError when it cannot be made or another process holds it.
     """
-    mask = os.umask(0o077)
     made: list[Path] = []
     try:
-        made = _make(folder)
-        descriptor = _acquire(folder)
-        try:
-            yield
-        finally:
-            (folder / _FILE).unlink(missing_ok=True)  # before the lock ends, so that it is still ours
-            os.close(descriptor)
+        with owner_only():
+            made = _make(folder)
+            descriptor = _acquire(folder)
+            try:
+                yield
+            finally:
+                (folder / _FILE).unlink(missing_ok=True)  # before the lock ends, so that it is still ours
+                os.close(descriptor)
     finally:
-        os.umask(mask)
         with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()

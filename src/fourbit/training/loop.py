@@ -22,9 +22,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fourbit.config import TrainSettings
-from fourbit.data.batch import Batch, collate, effective_batches, micro_batches
-from fourbit.data.pack import best_fit, collate_packed
+from fourbit.data.batch import Batch, collate, effective_batches
+from fourbit.data.pack import collate_packed
 from fourbit.data.render import Example
+from fourbit.data.steps import groups
 from fourbit.evaluate.heldout import heldout_loss
 from fourbit.memory.measure import peak_bytes
 from fourbit.model.adapters import key_source
@@ -249,13 +250,9 @@ def _optimizer_step(
 
 def _micro_batches(work: Work, rows: list[int]) -> Iterator[Batch]:
     """The rows of an optimizer step, packed or padded."""
-    capacity = work.settings.packing
-    if capacity is None:
-        for micro in micro_batches(rows, work.train, work.settings.micro_batch):
-            yield collate([work.train[row] for row in micro], work.pad_id).to(work.device)
-        return
-    for pack in best_fit([len(work.train[row].input_ids) for row in rows], capacity):
-        yield collate_packed([work.train[rows[i]] for i in pack], work.pad_id).to(work.device)
+    lay = collate if work.settings.packing is None else collate_packed
+    for group in groups(rows, work.train, work.settings):
+        yield lay([work.train[row] for row in group], work.pad_id).to(work.device)
 
 
 def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter, line: ProgressLine) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fourbit.config import RunConfig, dump_config
 from fourbit.errors import ConfigError
+from fourbit.evaluate import kept
 from fourbit.exporting import provenance
 from fourbit.training import checkpoint, durable, identity
 from fourbit.training.identity import Record
@@ -70,5 +71,5 @@ def with_measured_dtype(folder: Path, config: RunConfig) -> RunConfig:
 def _remove_run(folder: Path) -> None:
     for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "timing.jsonl", "summary.json", provenance.FILE):
+    for name in ("metrics.jsonl", "timing.jsonl", "summary.json", provenance.FILE, kept.FILE, "report.html"):
         (folder / name).unlink(missing_ok=True)

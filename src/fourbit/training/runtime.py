@@ -20,12 +20,14 @@ import torch
 
 from fourbit.errors import TrainingError
 from fourbit.memory.measure import release_free_memory, resident_bytes
+from fourbit.private import owner_only
 
 #: What CUDA keeps on a card for a process that uses it: context, and the kernels of torch and its libraries.
 CUDA_CONTEXT = 600_000_000
 _TIMEOUT = 300
 
 
+@owner_only()
 def runtime_bytes(dtype: torch.dtype) -> int:
     """Resident bytes of a process that has trained, without its model. Takes some ten seconds once."""
     name = str(dtype).removeprefix("torch.")
