@@ -71,17 +71,25 @@ def limited() -> Iterator[None]:
     before = signal.signal(signal.SIGVTALRM, look)
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, _LOOK_EVERY, _LOOK_EVERY)
-        with _limited_memory():
+        with limited_memory():
             yield
-    except MemoryError:
-        raise LimitError(f"it took more than {MEMORY >> 20:,} MiB of memory") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
 
 
 @contextmanager
-def _limited_memory() -> Iterator[None]:
+def limited_memory() -> Iterator[None]:
+    """Raise LimitError in a block in which the process takes more than `MEMORY` more."""
+    try:
+        with _limited_addresses():
+            yield
+    except MemoryError:
+        raise LimitError(f"it took more than {MEMORY >> 20:,} MiB of memory") from None
+
+
+@contextmanager
+def _limited_addresses() -> Iterator[None]:
     """Addresses, not touched pages, are what a system can limit; Linux alone tells how many there are."""
     status = Path("/proc/self/statm")
     if not status.exists():
