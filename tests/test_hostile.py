@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -164,6 +165,25 @@ def test_gguf_counts_that_lie(tmp_path: Path, place: int) -> None:
     (tmp_path / "model.gguf").write_bytes(data)
     with pytest.raises(ModelError, match=r"model\.gguf"):
         open_base(tmp_path / "model.gguf")
+
+
+def test_gguf_with_more_layers_than_tensors(tmp_path: Path) -> None:
+    data = bytearray((CORPUS / "gguf" / "llama").read_bytes())
+    place = data.find(b"llama.block_count") + len(b"llama.block_count") + 4
+    data[place : place + 4] = struct.pack("<I", 1999)
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(ModelError, match=r"llama\.block_count is 1999 and the file holds \d+ tensors"):
+        open_base(tmp_path / "model.gguf")
+
+
+def test_the_names_of_gguf_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at every module: files that claim many layers took hours."""
+    made = []
+    original = gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *given: made.append(given) or original(*given))
+    shutil.copy(CORPUS / "gguf" / "llama", tmp_path / "model.gguf")
+    open_base(tmp_path / "model.gguf")
+    assert len(made) == 1
 
 
 def test_nothing_saved_is_touched(model: Path, tmp_path: Path) -> None:

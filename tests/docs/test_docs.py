@@ -25,6 +25,14 @@ def test_named_files_exist(text: str) -> None:
     assert [path for path in sorted(named) if not list(ROOT.glob(path))] == []
 
 
+def test_reliability_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 30
+    missing = [(file, name) for file, name in named if f"def {name}(" not in (ROOT / file).read_text("utf-8")]
+    assert missing == []
+
+
 def test_readme_names_every_command() -> None:
     assert set(re.findall(r"^\| `fourbit (\w+)", README, re.MULTILINE)) == set(COMMANDS)
 

@@ -9,7 +9,8 @@ tensor processors.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -29,9 +30,14 @@ from fourbit.model.sizes import check_layer_count
 
 def read_config(file: Path) -> PretrainedConfig:
     """The model's configuration from the file's metadata. Raises ModelError."""
-    for key, number in check_gguf(file).items():
+    numbers, tensors = check_gguf(file)
+    for key, number in numbers.items():
         if key.endswith(".block_count"):
             check_layer_count(file, key, number)
+            if number > tensors:
+                raise ModelError(
+                    f"{file}: {key} is {number} and the file holds {tensors} tensors; is it complete?"
+                )
     return _guard(file, lambda: AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name))
 
 
@@ -86,7 +92,8 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
     architecture = _text(file, reader, "general.architecture") or "unknown"
     processor_class: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = processor_class(config=skeleton.config.to_dict())
-    names = _guard(file, lambda: get_gguf_hf_weights_map(skeleton, processor))
+    with _one_name_map():
+        names = _guard(file, lambda: get_gguf_hf_weights_map(skeleton, processor))
 
     tensors: dict[str, LazyTensor] = {}
     for entry in reader.tensors:
@@ -103,6 +110,22 @@ def open_file(file: Path, skeleton: PreTrainedModel) -> dict[str, LazyTensor]:
             )
         tensors[name] = LazyTensor(_reader(file, entry, processor), torch.float32, shape)
     return tensors
+
+
+@contextmanager
+def _one_name_map() -> Iterator[None]:
+    """transformers asks for the names of all layers anew at each of their modules; here once is enough.
+
+    A file that claims two thousand layers would take hours.
+    """
+    import gguf
+
+    original = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(original)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = original
 
 
 def _open(file: Path) -> Any:

@@ -33,8 +33,8 @@ _MOST_ITEMS = 4 << 20
 _MOST_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 
 
-def check_gguf(file: Path) -> dict[str, float]:
-    """The numbers of the metadata, lists of one among them.
+def check_gguf(file: Path) -> tuple[dict[str, float], int]:
+    """The numbers of the metadata, lists of one among them, and how many tensors there are.
 
     Raises ModelError, naming the place, unless everything that the header claims lies in the file.
     """
@@ -60,7 +60,7 @@ class _Header:
         # Values and bytes of a block by type of tensor.
         self.blocks: dict[int, tuple[int, int]] = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 
-    def check(self) -> dict[str, float]:
+    def check(self) -> tuple[dict[str, float], int]:
         magic, version = self._take(4), self._number("<I")
         if magic != b"GGUF":
             raise self._error("it does not begin with 'GGUF'")
@@ -72,7 +72,7 @@ class _Header:
         places: list[tuple[int, int, str]] = []
         self._names(tensors, "tensor", lambda name: places.append(self._tensor(name)))
         self._check_places(places)
-        return self.numbers
+        return self.numbers, tensors
 
     def _names(self, count: int, kind: str, read: Callable[[str], None]) -> None:
         """`count` entries, each of which begins with a name that no other has."""
