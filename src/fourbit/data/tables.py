@@ -16,6 +16,8 @@ from fourbit.limits import parse_json
 _ROWS_AT_ONCE = 1024
 #: What a row takes in memory though it holds nothing: columns of nulls take no bytes in a file.
 _ROW_BYTES = 100
+#: What a value in a column takes at least, though it is null.
+_VALUE_BYTES = 8
 
 
 def delimited(path: Path | Member, delimiter: str) -> Iterator[Row]:
@@ -84,7 +86,8 @@ def parquet(path: Path) -> Iterator[Row]:
     try:
         size = path.stat().st_size
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _numbered(file.iter_batches(batch_size=_batch_size(file, size)), path, size)
+            batch = _batch_size(file.metadata, path, size)
+            yield from _numbered(file.iter_batches(batch_size=batch), path, size)
     except DataError:
         raise
     except Exception as error:  # a damaged file makes pyarrow raise every class there is
@@ -141,11 +144,18 @@ def _inside(path: Path, file: Path) -> int:
     return file.stat().st_size
 
 
-def _batch_size(file: Any, packed: int) -> int:
-    """Rows to read at once: each may be as long as its row group, whose values a file stores but once."""
-    groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+def _batch_size(metadata: Any, path: Path, packed: int) -> int:
+    """Rows to read at once: each may be as long as its row group, whose values a file stores but once.
+
+    Raises DataError for more values than may be read: a row can hold all of them, and none takes a byte.
+    """
+    limit = _limit(packed)
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    values = sum(group.column(c).num_values for group in groups for c in range(group.num_columns))
+    if values * _VALUE_BYTES > limit:
+        raise _too_large(path, limit)
     longest = max((group.total_byte_size for group in groups), default=0)
-    return max(1, min(_ROWS_AT_ONCE, _limit(packed) // max(1, longest)))
+    return max(1, min(_ROWS_AT_ONCE, limit // max(1, longest)))
 
 
 def _batches(dataset: Any) -> Iterator[Any]:
@@ -160,14 +170,18 @@ def _numbered(batches: Iterable[Any], path: Path, packed: int) -> Iterator[Row]:
     for batch in batches:
         size += sum(map(_bytes, batch.schema.names, batch.columns)) + _ROW_BYTES * batch.num_rows
         if size > limit:
-            raise DataError(
-                f"{path}: grows to more than {limit >> 20:,} MiB when unpacked, over {LARGEST_RATIO} times "
-                "its size; write it as .jsonl if that is meant"
-            )
+            raise _too_large(path, limit)
         for fields in batch.to_pylist():
             number += 1
             blank = all(value is None or value == "" for value in fields.values())
             yield Row({} if blank else fields, str(path), number)
+
+
+def _too_large(path: Path, limit: int) -> DataError:
+    return DataError(
+        f"{path}: grows to more than {limit >> 20:,} MiB when unpacked, over {LARGEST_RATIO} times its size; "
+        "write it as .jsonl if that is meant"
+    )
 
 
 def _limit(packed: int) -> int:
