@@ -6,6 +6,7 @@ Nothing here runs at import; the `fourbit` command calls both, the library only 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,21 @@ def silence_dependencies() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     sys.modules.setdefault(_FETCHES_CODE, None)  # type: ignore[arg-type]  # how Python marks what is absent
+
+
+def cache_folder() -> Path:
+    """Where everything lies that fourbit keeps between runs, outside of run folders."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fourbit"
+
+
+def purge_caches() -> int:
+    """Remove all of it; returns the bytes that it took. Raises OSError."""
+    folder = cache_folder()
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    size = sum(path.stat().st_size for path in files)
+    if folder.exists():
+        shutil.rmtree(folder)
+    return size
 
 
 @contextmanager

@@ -51,6 +51,7 @@ FAST = [
 ]
 #: Those that start processes of their own or read back with other programs.
 SLOW = [
+    ["eval", "run", "--lm-eval", "task.yaml"],
     ["verify", "run", "merged", "run.gguf", "nf4", "--accept-loss"],
     [
         "compare",

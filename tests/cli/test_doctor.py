@@ -28,6 +28,23 @@ def test_facts_one_line_each_and_problems_last(monkeypatch, capsys):
     }
 
 
+def test_caches_are_purged_whole_and_nothing_beside_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "fourbit" / "deep").mkdir(parents=True)
+    (tmp_path / "fourbit" / "deep" / "file").write_bytes(bytes(1234))
+    (tmp_path / "other").touch()
+    (tmp_path / "fourbit" / "link").symlink_to(tmp_path / "other")
+    assert main(["doctor", "--purge-caches", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"purged": str(tmp_path / "fourbit"), "bytes": 1234}
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert main(["doctor", "--purge-caches"]) == 0
+    assert capsys.readouterr().out == f"removed {tmp_path / 'fourbit'}: 0 MB\n"
+    (tmp_path / "fourbit").symlink_to(tmp_path)
+    assert main(["doctor", "--purge-caches"]) == 2
+    assert "fourbit: cannot be removed (" in capsys.readouterr().err
+    assert (tmp_path / "other").exists()
+
+
 def test_the_real_diagnosis_of_this_machine(capsys):
     code = main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)

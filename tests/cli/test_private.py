@@ -25,6 +25,18 @@ WORDS = ("red", "blue", "green", "black", "white", "pink", "gray", "gold")
 #: What shows rows because that was asked for, and the rows themselves.
 ASKED = {"rows.jsonl", "rows.html", "train.jsonl", "heldout.jsonl", "score.jsonl"}
 
+TASK = """\
+task: rows
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{prompt}}"
+doc_to_choice: [red, blue]
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+
 
 def cut_off() -> list[str]:
     """What starts a command in a network of its own, without a way out; empty where that is not permitted."""
@@ -47,20 +59,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(str(folder / "model"))
     rows = [{"prompt": f"{MARKER} {n}?", "completion": f"{MARKER} {WORDS[n % 8]}"} for n in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(TASK)
     return folder
 
 
 def run_offline(inputs: Path, folder: Path, *options: str) -> tuple[list[list[Any]], list[str]]:
     """(command, exit code and last words of each; addresses that anything asked for)."""
-    for name in ("model", "rows.jsonl"):
+    for name in ("model", "rows.jsonl", "task.yaml"):
         if not (folder / name).exists():
             (folder / name).symlink_to(inputs / name)
     roots = f"{Path(package.__file__).parents[1]}{os.pathsep}{Path(__file__).parents[2]}"
     kept = {key: value for key, value in os.environ.items() if key not in (*QUIET, "HF_HUB_OFFLINE")}
-    environment = {**kept, "PYTHONPATH": roots, "XDG_CACHE_HOME": str(folder / "cache")}
+    caches = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HOME": str(folder / "cache" / "huggingface")}
     done = subprocess.run(
         [*cut_off(), sys.executable, str(SCRIPT), str(folder), *options],
-        env=environment,
+        env={**kept, **caches, "PYTHONPATH": roots},
         capture_output=True,
         text=True,
         check=False,
@@ -141,7 +154,8 @@ def test_commands_that_start_others_pass_without_a_network(inputs: Path, tmp_pat
     assert (tmp_path / "cache" / "fourbit" / "runtime.json").exists()
     assert asked == []
     assert wider_than_their_owner(tmp_path) == []
-    assert saying(MARKER, tmp_path) <= ASKED
+    # lm-eval reads its data through `datasets`, which keeps them in its cache.
+    assert {name for name in saying(MARKER, tmp_path) if not name.endswith(".arrow")} <= ASKED
 
 
 def test_the_command_switches_telemetry_off(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ MODELS: dict[str, tuple[str, str, str, str]] = {
     "qwq_32b": ("<|im_end|>", INSIDE, "<|im_end|>", ""),
     "seed_oss": ("<seed:eos>", ONE, "<seed:eos>", "<seed:bos>"),
     "yi15": ("<|im_end|>", ONE, "<|im_end|>", ""),
+    "zephyr": ("</s>", ONE, "</s>", ""),
 }
 #: These put the system message into the last user turn, so it moves: each answer has its own text.
 SYSTEM_MOVES = {"mistral_7b_v03", "mistral_nemo", "mixtral_8x22b"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,10 +13,15 @@ import pytest
 import fourbit
 from fourbit.cli.main import COMMANDS
 from fourbit.config import LoraSettings, TrainSettings
+from tests.cli.test_errors import CASES
+from tests.data.test_forms import REFUSED
+from tests.data.test_read import MALFORMED
+from tests.data.test_real_templates import MODELS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("text", [README, METHOD], ids=["README", "method"])
@@ -25,12 +31,37 @@ def test_named_files_exist(text: str) -> None:
     assert [path for path in sorted(named) if not list(ROOT.glob(path))] == []
 
 
-def test_reliability_names_tests_that_exist() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
-    assert len(named) > 30
-    missing = [(file, name) for file, name in named if f"def {name}(" not in (ROOT / file).read_text("utf-8")]
-    assert missing == []
+def test_named_tests_exist_and_run_when_it_is_said() -> None:
+    named = re.findall(r"`([\w/]+\.py)::([\w:]+)`( \(slow\))?", RELIABILITY)
+    assert len(named) > 50
+    found = {path: _defined_in(ROOT / "tests" / path) for path, _, _ in named}
+    wrong = [(path, name) for path, name, slow in named if found[path].get(name) is not bool(slow)]
+    assert wrong == []
+
+
+def _defined_in(path: Path) -> dict[str, bool]:
+    """Name of each test in a file, behind its class's where it has one, and whether it is marked slow."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    owners = [("", tree), *((f"{node.name}::", node) for node in tree.body if isinstance(node, ast.ClassDef))]
+    return {
+        owner + node.name: "pytest.mark.slow" in map(ast.unparse, node.decorator_list)
+        for owner, body in owners
+        for node in body.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def test_counts_are_those_of_the_tests() -> None:
+    rows = {
+        cells[1].strip(): cells[2].strip()
+        for line in RELIABILITY.splitlines()
+        if (cells := line.split("|"))[2:]
+    }
+    assert rows["chat templates of real models checked token by token"].startswith(f"{len(MODELS)}, ")
+    assert rows["kinds of bad data files, each with its own message"] == str(len(MALFORMED))
+    assert rows["kinds of rows that mean nothing, each with its own message"] == str(len(REFUSED))
+    assert rows["mistakes on the command line, each one line and an exit code"] == str(len(CASES))
+    assert rows["commands run with the network cut off"].startswith(f"all {len(COMMANDS)}; ")
 
 
 def test_readme_names_every_command() -> None:

@@ -10,6 +10,9 @@ from rich.text import Text
 
 from fourbit.cli.common import console, print_json
 from fourbit.diagnose import Finding, diagnose
+from fourbit.errors import ConfigError
+from fourbit.memory.sizes import size_text
+from fourbit.private import cache_folder, purge_caches
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,8 +21,13 @@ def add_parser(subparsers: Any) -> None:
         "doctor",
         help="check machine and installation",
         description="Print facts about machine and installation, then what is wrong and what to do. "
-        "Exits with 1 if something is.",
+        "Exits with 1 if something is. --purge-caches does nothing but empty fourbit's caches.",
         epilog="example: fourbit doctor --json",
+    )
+    parser.add_argument(
+        "--purge-caches",
+        action="store_true",
+        help="remove what fourbit keeps between runs outside of run folders; it is made again when needed",
     )
     parser.add_argument("--json", action="store_true", help="print facts and problems as JSON")
     parser.set_defaults(run=run)
@@ -27,12 +35,29 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the diagnosis; 0 if nothing is wrong, else 1."""
+    if args.purge_caches:
+        return _purge(args.json)
     finding = diagnose()
     if args.json:
         print_json(_as_json(finding))
     else:
         _print(finding, console())
     return 1 if finding.problems else 0
+
+
+def _purge(as_json: bool) -> int:
+    folder = cache_folder()
+    try:
+        size = purge_caches()
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder}: cannot be removed ({error.strerror or error})"
+        ) from None
+    if as_json:
+        print_json({"purged": str(folder), "bytes": size})
+    else:
+        console().print(f"removed {folder}: {size_text(size)}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:

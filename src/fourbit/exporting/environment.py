@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourbit.errors import ExportError
+from fourbit.private import cache_folder
 
 WORKERS = Path(__file__).parent / "workers"
 REQUIREMENTS = WORKERS / "llmcompressor.txt"
@@ -49,8 +50,7 @@ class Environment:
 
 def default_folder() -> Path:
     """Where the environment lies by default: in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fourbit" / "llmcompressor"
+    return cache_folder() / "llmcompressor"
 
 
 def find_environment(

@@ -20,7 +20,7 @@ import torch
 
 from fourbit.errors import TrainingError
 from fourbit.memory.measure import release_free_memory, resident_bytes
-from fourbit.private import owner_only
+from fourbit.private import cache_folder, owner_only
 
 #: What CUDA keeps on a card for a process that uses it: context, and the kernels of torch and its libraries.
 CUDA_CONTEXT = 600_000_000
@@ -46,8 +46,7 @@ def runtime_bytes(dtype: torch.dtype) -> int:
 
 
 def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fourbit" / "runtime.json"
+    return cache_folder() / "runtime.json"
 
 
 def _versions() -> str:
