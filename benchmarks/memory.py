@@ -123,7 +123,7 @@ def measure(point: Point, folder: Path) -> int:
     """Train the point in this process; the last line of the output is what came out."""
     from rich.console import Console
 
-    from fourbit.config import resolve
+    from fourbit.config_file import resolve
     from fourbit.training import run
 
     settings = {

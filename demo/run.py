@@ -26,7 +26,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from fourbit.cli.common import stage_progress
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 from fourbit.data.read import read_rows
 from fourbit.data.row import Row
 from fourbit.errors import FourBitError, ModelError

@@ -30,8 +30,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "src")]
 #: Seconds after which an input counts as a hang, and MiB that none may need.
 HANG, MEMORY = 20, 2500
 _INSTRUMENTED = [
-    "fourbit.config", "fourbit.limits", "fourbit.data", "fourbit.model", "fourbit.exporting.adapter",
-    "fourbit.exporting.provenance", "fourbit.report.curves", "fourbit.training.checkpoint", "gguf", "yaml",
+    "fourbit.config", "fourbit.config_file", "fourbit.limits", "fourbit.data", "fourbit.model",
+    "fourbit.exporting.adapter", "fourbit.exporting.provenance", "fourbit.report.curves",
+    "fourbit.training.checkpoint", "gguf", "yaml",
     "transformers.modeling_gguf_pytorch_utils", "transformers.utils.chat_template_utils",
 ]  # fmt: skip
 

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fourbit.config import DataSettings, load_config
+from fourbit.config import DataSettings
+from fourbit.config_file import load_config
 from fourbit.data.encode import encode
 from fourbit.data.read import read_rows
 from fourbit.data.template import ChatTemplate
@@ -27,6 +28,7 @@ from fourbit.errors import FourBitError
 from fourbit.exporting import provenance
 from fourbit.exporting.adapter import read_adapter as read_for_merging
 from fourbit.model.adapter_check import check_adapter
+from fourbit.model.adapter_folder import read_config as read_adapter_config
 from fourbit.model.adapter_folder import summarize
 from fourbit.model.base import make_skeleton, open_base, read_config
 from fourbit.model.formats import bnb, gguf, hf, pretokenizers
@@ -218,8 +220,6 @@ def _adapter(name: str) -> Read:
 
 
 def _merge(folder: Path) -> None:
-    from fourbit.exporting.adapter import read_adapter_config
-
     found = read_for_merging(folder, tiny_model(), read_adapter_config(folder))
     for name, delta in found.deltas.items():
         delta.apply(torch.zeros(tiny_model().get_parameter(name).shape))

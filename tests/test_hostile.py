@@ -10,12 +10,12 @@ from pathlib import Path
 
 import gguf
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import fourbit
 from fourbit import limits
-from fourbit.config import DataSettings, load_config
+from fourbit.config import DataSettings
+from fourbit.config_file import load_config
 from fourbit.data.encode import encode
 from fourbit.data.read import read_rows
 from fourbit.errors import ConfigError, DataError, ModelError
@@ -109,7 +109,7 @@ def test_json_too_deep(tmp_path: Path) -> None:
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "come to an end"),
         ("{{ 'a' * 10**9 }}", "come to an end|too many"),
-        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe|template"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses the conversation .*unsafe"),
     ],
 )
 def test_chat_templates_are_programs(
@@ -131,7 +131,7 @@ def test_chat_templates_are_programs(
     ("changes", "message"),
     [
         ({"r": 10**9}, "does not fit its settings, rank 1e.09"),
-        ({"target_modules": "(l+)+$|(.*.*.*.*.*)*x"}, r"the pattern .* cannot be used|does not fit"),
+        ({"target_modules": "([a-z_.0-9]+)+!"}, r"the pattern .* cannot be used \(it ran for more than"),
         ({"layer_replication": [[0, 10**6]]}, "layer_replication"),
     ],
 )
@@ -153,7 +153,6 @@ def test_an_adapter_for_another_base(tmp_path: Path) -> None:
 def test_an_arrow_folder_that_names_files_outside(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(CORPUS.parent / "folders" / "arrow", tmp_path / "rows"))
     change_json(folder / "state.json", _data_files=[{"filename": "../../etc/passwd"}])
-    (tmp_path.parent / "etc").mkdir(exist_ok=True)
     with pytest.raises(DataError, match="names a file outside the folder"):
         list(read_rows([folder], DataSettings(train=str(folder))))
 
@@ -186,11 +185,9 @@ def test_the_names_of_gguf_are_made_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(made) == 1
 
 
-def test_nothing_saved_is_touched(model: Path, tmp_path: Path) -> None:
+def test_nothing_saved_is_touched(model: Path) -> None:
     """A load that fails leaves every byte as it was."""
     before = {file.name: file.read_bytes() for file in model.iterdir()}
-    (tmp_path / "bad.yaml").write_text("a: &a [*a]\n")
     with pytest.raises(ModelError):
         load_adapter(fourbit.load(model, compute_dtype="float32")[0], ADAPTER)
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
-    assert torch.is_grad_enabled()

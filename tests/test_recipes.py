@@ -8,16 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fourbit.config import (
-    LoraSettings,
-    RunConfig,
-    TrainSettings,
-    dump_config,
-    learning_rate_for,
-    load_config,
-    resolve,
-    suggested_rank,
-)
+from fourbit.config import LoraSettings, RunConfig, TrainSettings, learning_rate_for, suggested_rank
+from fourbit.config_file import dump_config, load_config, resolve
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -91,17 +90,26 @@ def limited_memory() -> Iterator[None]:
 @contextmanager
 def _limited_addresses() -> Iterator[None]:
     """Addresses, not touched pages, are what a system can limit; Linux alone tells how many there are."""
-    status = Path("/proc/self/statm")
-    if not status.exists():
+    pages = _address_pages()
+    if pages is None:
         yield
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = int(status.read_bytes().split()[0]) * resource.getpagesize() + MEMORY
+    wanted = pages * resource.getpagesize() + MEMORY
     limits = [limit for limit in (soft, hard, wanted) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_pages() -> int | None:
+    """Asked for every conversation that a template renders, so without pathlib's detours."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as status:
+            return int(status.read().split()[0])
+    except OSError:
+        return None

@@ -78,3 +78,11 @@ def open_private(path: str | os.PathLike[str]) -> Iterator[TextIO]:
         os.fchmod(file.fileno(), 0o600)  # before anything is in it
         file.truncate()
         yield file
+
+
+def replace_private(path: Path, text: str) -> None:
+    """Write a text file that is its owner's alone, whole or not at all. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    with open_private(partial) as file:
+        file.write(text)
+    os.replace(partial, path)

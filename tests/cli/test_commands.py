@@ -14,7 +14,7 @@ import pytest
 
 import fourbit as package
 from fourbit.cli.main import COMMANDS, main
-from fourbit.config import load_config
+from fourbit.config_file import load_config
 from fourbit.training import loop
 from tests.cli.conftest import Fourbit
 

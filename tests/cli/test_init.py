@@ -7,7 +7,8 @@ import json
 import pytest
 
 from fourbit.cli.main import main
-from fourbit.config import RunConfig, load_config, resolve, section_class
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config, resolve, section_class
 
 
 def written(tmp_path, *options):

@@ -40,6 +40,13 @@ def test_the_table_fits_a_terminal_and_json_has_all(
     assert plan["peak"] == held + max(phase["size"] for phase in plan["phases"])
 
 
+def test_a_device_that_is_none_is_no_card(fourbit: Fourbit) -> None:
+    """`plan --device` takes cards that need not be here, settings do not."""
+    code, _, error = fourbit(*TRAIN, "--set", "model.device=rtx-4090")
+    message = "model.device = 'rtx-4090': not a device; use cpu, cuda or auto"
+    assert (code, error) == (2, f"fourbit train: error: {message}\n")
+
+
 def test_what_fits_nowhere_has_an_exit_code(fourbit: Fourbit, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, error = fourbit("plan", "--model", "model", "--device", "a6000", "--memory", "10MB")
     assert (code, out) == (9, "")

@@ -12,7 +12,8 @@ import pytest
 from fourbit.compare.arm import Outcome
 from fourbit.compare.arms import Arm
 from fourbit.compare.runner import Job
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 
 Make = Callable[..., list[Job]]
 

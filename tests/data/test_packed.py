@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fourbit.config import DataSettings, resolve
+from fourbit.config import DataSettings
+from fourbit.config_file import resolve
 from fourbit.data import packed
 from fourbit.data.gate import prepare
 from fourbit.data.read import read_rows

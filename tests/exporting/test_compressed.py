@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fourbit.config import load_config
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError, ExportError, ModelError
 from fourbit.exporting import environment
 from fourbit.exporting.compressed import choose_group_size, linear_layers, quantize_for_serving

@@ -15,7 +15,8 @@ from gguf import GGUFWriter
 
 import fourbit
 from fourbit.cli.main import main
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError, DataError, ModelError, VerificationError
 from fourbit.exporting import llama_cpp, readers
 from fourbit.exporting import verify as verifying

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.config import load_config, resolve
+from fourbit.config_file import load_config, resolve
 from fourbit.errors import ConfigError, MemoryBudgetError
 from fourbit.memory.cards import find_card
 from fourbit.memory.choose import alternatives, choose

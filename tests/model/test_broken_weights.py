@@ -16,7 +16,7 @@ from torch import Tensor
 import fourbit
 from fourbit.errors import ModelError
 from fourbit.exporting.adapter import read_adapter as read_for_merging
-from fourbit.exporting.adapter import read_adapter_config
+from fourbit.model.adapter_folder import read_config
 from fourbit.model.adapters import add_lora, load_adapter
 from fourbit.model.base import open_base
 from fourbit.model.save import save_quantized
@@ -143,9 +143,22 @@ def test_an_adapter_of_whole_numbers(adapter: Path, tmp_path: Path) -> None:
     message = rf"{file}: '{key}' is stored as torch\.uint8, which holds no weights"
     with pytest.raises(ModelError, match=message):
         load_adapter(llama(), folder)
-    found = read_for_merging(folder, llama(), read_adapter_config(folder))
+    found = read_for_merging(folder, llama(), read_config(folder))
     with pytest.raises(ModelError, match=message):
         found.deltas[Q].apply(torch.zeros(64, 64))
+
+
+def test_a_rank_in_the_settings_that_no_layer_has(adapter: Path, tmp_path: Path) -> None:
+    """PEFT writes such adapters where patterns name every layer; one of a billion would be made."""
+    folder = Path(shutil.copytree(adapter, tmp_path / "a"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for rank in (64, 10**9):
+        changes = {"r": rank, "rank_pattern": {".*_proj": 2}}
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        if rank == 64:
+            load_adapter(llama(), folder)
+    with pytest.raises(ModelError, match=r"names the rank 1000000000, and none that is stored is over"):
+        load_adapter(llama(), folder)
 
 
 def test_an_adapter_without_some_of_its_layers(adapter: Path, tmp_path: Path) -> None:

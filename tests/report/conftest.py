@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fourbit.config import dump_config, load_config
+from fourbit.config_file import dump_config, load_config
 from tests.pages import EVIL, write_lines
 from tests.tiny import byte_tokenizer, llama
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fourbit.cli.main import main
-from fourbit.config import load_config
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError, DataError, ModelError, TrainingError
 from fourbit.exporting import provenance
 from fourbit.report.curves import read_curves

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 from tests.tiny import save_llama
 from tests.training.runner import Runner
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourbit.config import RunConfig, dump_config
+from fourbit.config import RunConfig
+from fourbit.config_file import dump_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +93,7 @@ class Runner:
 def train(config: str, resume: bool, full_disk_at_save: int | None) -> int:
     from rich.console import Console
 
-    from fourbit.config import resolve
+    from fourbit.config_file import resolve
     from fourbit.errors import FourBitError
     from fourbit.training import checkpoint
     from fourbit.training import run as training

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import fourbit
-from fourbit.config import load_config
+from fourbit.config_file import load_config
 from fourbit.exporting import provenance
 from tests.training.test_run import quiet
 

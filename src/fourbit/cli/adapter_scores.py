@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fourbit.cli.common import stage_progress
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError
 
 if TYPE_CHECKING:

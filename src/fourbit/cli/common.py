@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError
 
 #: How often progress is printed where there is no terminal to redraw.

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fourbit.cli.common import SHORTCUTS, add_config_arguments, console, print_json, stage_progress
-from fourbit.config import RunConfig, dump_config, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import dump_config, load_config
 from fourbit.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fourbit.cli.common import print_json
-from fourbit.config import RunConfig, section_class
+from fourbit.config import RunConfig
+from fourbit.config_file import section_class
 from fourbit.errors import ConfigError
 
 _WIDTH = 100

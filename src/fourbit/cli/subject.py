@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourbit.cli.common import run_settings
-from fourbit.config import ModelSettings, RunConfig, load_config
+from fourbit.config import ModelSettings, RunConfig
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:

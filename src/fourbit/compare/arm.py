@@ -21,7 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fourbit.config import RunConfig, resolve
+from fourbit.config import RunConfig
+from fourbit.config_file import resolve
 from fourbit.errors import FourBitError
 
 SPEC, OUTCOME = "arm.json", "outcome.json"

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError, nearest
 
 #: The methods that can be named, and what each one sets.

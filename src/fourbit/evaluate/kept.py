@@ -8,13 +8,12 @@ What `fourbit eval --json` prints, by model, the files of the rows and what `--s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fourbit.errors import ConfigError
-from fourbit.private import open_private
+from fourbit.private import replace_private
 
 FILE = "evaluation.json"
 
@@ -29,12 +28,9 @@ def keep(folder: Path, found: Mapping[str, Any], data: Sequence[str], settings: 
     Raises ConfigError where that cannot be written.
     """
     path = folder / FILE
-    partial = path.with_name(path.name + ".partial")
     record = {"data": list(data), "settings": list(settings), **found}
     try:
-        with open_private(partial) as file:
-            file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
+        replace_private(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ConfigError(
             f"{path}: the scores cannot be kept ({error.strerror}); make the run folder writable"

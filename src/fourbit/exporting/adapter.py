@@ -22,12 +22,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import ModelError
-from fourbit.limits import LimitError, limited, parse_json
-from fourbit.model.adapter_folder import weights_file
+from fourbit.model.adapter_folder import PREFIX, rank_and_scaling, weights_file
 from fourbit.model.finite import check_stored
 from fourbit.model.formats.lazy import LazyTensor
 
-_PREFIX = "base_model.model."
 _PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_[A-Za-z_]+?)(?:\.weight)?$")
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 #: Settings of `peft.LoraConfig` under which a layer computes something other than the formulas above.
@@ -98,7 +96,7 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel, config: dict[str, Any]
     layers: dict[str, dict[str, LazyTensor]] = {}
     replaced: dict[str, LazyTensor] = {}
     for key, tensor in _open(folder).items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         match = _PART.match(name)
         if match is None:
             replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
@@ -120,20 +118,6 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel, config: dict[str, Any]
         if not _fits(name, tensor, tuple(known.shape), skeleton):
             raise _misfit(folder, name, tensor.shape, tuple(known.shape))
     return Adapter(folder, deltas, replaced, config)
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder. Raises ModelError when there is none or it is damaged."""
-    path = folder / "adapter_config.json"
-    if not path.exists():
-        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
-    try:
-        config = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not an adapter's configuration")
-    return config
 
 
 def _check_mergeable(folder: Path, config: dict[str, Any]) -> None:
@@ -195,13 +179,7 @@ def _delta(
     assert b.shape is not None
     # Known by the layer's class: PEFT corrects a wrong fan_in_fan_out in the same way.
     transposed = not isinstance(target, nn.Linear)
-    try:
-        with limited():
-            rank, alpha = _rank_and_alpha(config, module)
-        if rank < 1 or not 0 <= alpha < math.inf:
-            raise ValueError(f"r {rank}, lora_alpha {alpha}")
-    except (LimitError, re.error, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ModelError(f"{folder}: rank and alpha of '{module}' cannot be read ({error})") from None
+    rank, scaling = rank_and_scaling(folder, config, module)
     weight = tuple(target.weight.shape)
     expected = (weight[::-1] if transposed else weight, rank)
     # Of one dimension, say, in a file that is no adapter's.
@@ -213,21 +191,7 @@ def _delta(
         )
     if magnitude is not None and magnitude.shape is not None and math.prod(magnitude.shape) != b.shape[0]:
         raise _misfit(folder, f"{module}.lora_magnitude_vector", magnitude.shape, (b.shape[0],))
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LoraDelta(a, b, scaling, magnitude, transposed)
-
-
-def _rank_and_alpha(config: dict[str, Any], module: str) -> tuple[int, float]:
-    """A layer's own, where a pattern names it: PEFT matches a pattern with the end of the name."""
-
-    def own(patterns: dict[str, Any] | None, default: Any) -> Any:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
-    rank = own(config.get("rank_pattern"), config.get("r"))
-    return int(rank), float(own(config.get("alpha_pattern"), config.get("lora_alpha")))
 
 
 def _module(folder: Path, skeleton: PreTrainedModel, name: str) -> nn.Module:

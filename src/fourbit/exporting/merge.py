@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fourbit.errors import ConfigError, ModelError
 from fourbit.exporting import provenance
-from fourbit.exporting.adapter import Adapter, LoraDelta, read_adapter, read_adapter_config
+from fourbit.exporting.adapter import Adapter, LoraDelta, read_adapter
 from fourbit.exporting.streamed import (
     Progress,
     Streamed,
@@ -28,6 +28,7 @@ from fourbit.exporting.streamed import (
     written_config,
 )
 from fourbit.functional import dequantize_4bit, quantize_4bit
+from fourbit.model.adapter_folder import read_config
 from fourbit.model.base import Base, open_base, quantized_weights
 from fourbit.model.formats.lazy import LazyTensor
 
@@ -122,7 +123,7 @@ def merged_tensors(
     adapter already; ConfigError for settings that contradict one another.
     """
     folder, target_dtype = Path(adapter), None if dtype is None else choose_dtype(dtype)
-    config = read_adapter_config(folder)
+    config = read_config(folder)
     record = provenance.read(folder)
     opened = open_base(base if original is None else original, revision, trust_remote_code)
     into = _choose_target(into, opened, original is not None)

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourbit.config import RunConfig, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError, ModelError
 from fourbit.exporting.merge import Merged, Quantization, Target, merged_tensors
 from fourbit.exporting.streamed import Progress, Streamed, stream_model

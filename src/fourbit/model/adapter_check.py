@@ -20,12 +20,17 @@ from fourbit.errors import ModelError
 from fourbit.limits import LimitError, limited
 from fourbit.model.adapter_folder import CONFIG, LoraFactors, read_adapter
 
+#: Ranks that people train with, which may stand in the settings though no layer has them.
+_USUAL_RANK = 256
 #: Iterations of PiSSA's fast initialisation; PEFT's documents use 16.
 _MOST_ITERATIONS = 100
 
 
-def check_adapter(folder: Path, model: nn.Module) -> None:
-    """Raise ModelError for damaged weights, absurd settings, and layers that the model does not have."""
+def check_adapter(folder: Path, model: nn.Module) -> set[str]:
+    """The names of the layers that are stored.
+
+    Raises ModelError for damaged weights, absurd settings, and layers that the model does not have.
+    """
     adapter = read_adapter(folder)
     base = _base(model)
     _check_settings(folder, adapter.config, adapter.layers)
@@ -43,11 +48,11 @@ def check_adapter(folder: Path, model: nn.Module) -> None:
                 f"{folder}: this adapter does not fit the model: '{name}' is "
                 f"[{module.out_features}, {module.in_features}], the adapter is for {list(wanted)}"
             )
+    return set(adapter.layers)
 
 
-def check_complete(folder: Path, model: PeftModel, name: str) -> None:
-    """Raise ModelError for layers that got an adapter by the settings though none is stored for them."""
-    stored = read_adapter(folder).layers
+def check_complete(folder: Path, model: PeftModel, name: str, stored: set[str]) -> None:
+    """Raise ModelError for layers that got an adapter by the settings though none is `stored` for them."""
     for layer, module in _base(model).named_modules():
         if not isinstance(module, LoraLayer) or layer in stored:
             continue
@@ -60,11 +65,11 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def _check_settings(folder: Path, config: dict[str, Any], layers: dict[str, LoraFactors]) -> None:
-    largest = max((layer.rank for layer in layers.values()), default=0)
+    largest = max((_USUAL_RANK, *(layer.rank for layer in layers.values())))
     for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
         if type(rank) is not int or not 1 <= rank <= largest:
             raise ModelError(
-                f"{folder / CONFIG}: names the rank {rank}, and the largest that is stored is {largest}"
+                f"{folder / CONFIG}: names the rank {rank}, and none that is stored is over {largest}"
             )
     if config.get("megatron_config"):
         raise ModelError(f"{folder / CONFIG}: names a package to import (megatron_core): not supported")

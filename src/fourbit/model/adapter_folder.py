@@ -115,6 +115,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises ModelError."""
     try:
         config = parse_json((folder / CONFIG).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"{folder}: no adapter here ({CONFIG} is missing)") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG}: cannot be read ({error})") from None
     if not isinstance(config, dict):
@@ -215,13 +217,23 @@ def _layers(
             name = key.removeprefix(PREFIX).removesuffix(f".{ending}")
             b = tensors.get(f"{PREFIX}{name}.{other}")
             a = tensors[key]
-            rank = _of_layer(folder, config, "rank_pattern", "r", name)
-            if b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank or rank < 1:
+            rank, scaling = rank_and_scaling(folder, config, name)
+            if b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
                 found = f"A {list(a.shape)}, B {list(b.shape) if b is not None else 'missing'}"
                 raise ModelError(f"{folder}: '{name}' does not fit its settings, rank {rank:g}: {found}")
-            alpha = _of_layer(folder, config, "alpha_pattern", "lora_alpha", name)
-            scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             yield name, LoraFactors(a, b, scaling, embedding)
+
+
+def rank_and_scaling(folder: Path, config: dict[str, Any], name: str) -> tuple[int, float]:
+    """A layer's rank r, and alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732).
+
+    Raises ModelError.
+    """
+    rank = _of_layer(folder, config, "rank_pattern", "r", name)
+    alpha = _of_layer(folder, config, "alpha_pattern", "lora_alpha", name)
+    if rank < 1 or rank != int(rank):
+        raise ModelError(f"{folder / CONFIG}: the rank of '{name}' is {rank:g}")
+    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _of_layer(folder: Path, config: dict[str, Any], patterns: str, default: str, name: str) -> float:

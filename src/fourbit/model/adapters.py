@@ -89,9 +89,7 @@ def load_adapter(
 
     Raises ModelError naming the folder when it does not fit.
     """
-    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
-    check_adapter(Path(folder), model)
+    stored = check_adapter(Path(folder), model)
     try:
         with _fourbit_layers():
             if isinstance(model, PeftModel):
@@ -104,7 +102,7 @@ def load_adapter(
     except Exception as error:  # strange settings make PEFT raise every class there is
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{folder}: this adapter does not fit the model ({reason})") from error
-    check_complete(Path(folder), adapted, name)
+    check_complete(Path(folder), adapted, name, stored)
     return _wire(adapted)
 
 

@@ -5,13 +5,12 @@ Templates lie in `templates/`; the engine escapes every value that is not itself
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourbit.errors import ConfigError
-from fourbit.private import open_private
+from fourbit.private import replace_private
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -24,11 +23,8 @@ def render(template: str, **values: Any) -> str:
 
 def write(path: Path, html: str) -> Path:
     """Write a page, whole or not at all. Raises ConfigError where that cannot be."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open_private(partial) as file:
-            file.write(html)
-        os.replace(partial, path)
+        replace_private(path, html)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
     return path

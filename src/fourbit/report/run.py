@@ -12,7 +12,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fourbit.config import RunConfig, dump_config, load_config
+from fourbit.config import RunConfig
+from fourbit.config_file import dump_config, load_config
 from fourbit.errors import ConfigError, DataError
 from fourbit.evaluate import kept
 from fourbit.exporting import provenance

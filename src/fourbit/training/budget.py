@@ -38,10 +38,10 @@ class Budget:
     def check_loading(self) -> None:
         """Raise MemoryBudgetError if even the shortest rows would not fit.
 
-        A step on them takes less than what the run holds, so twice that is room enough.
+        A step on them takes less than what the run holds and loading needs, so twice that is room enough.
         """
         allowed = self._allowed
-        if allowed is not None and allowed < 2 * self._planner.held_bytes:
+        if allowed is not None and allowed < 2 * self._planner.loaded_bytes:
             self._planner.choose(allowed)
 
     def plan(self, train: Sequence[Example], heldout: Sequence[Example], words: int) -> Plan:

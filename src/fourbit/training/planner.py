@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from fourbit.config import DataSettings, LoraSettings, ModelSettings, RunConfig, TrainSettings, resolve
+from fourbit.config import DataSettings, LoraSettings, ModelSettings, RunConfig, TrainSettings
+from fourbit.config_file import resolve
 from fourbit.data.pack import MULTIPLE
 from fourbit.data.render import Example
 from fourbit.errors import ConfigError, nearest
@@ -166,9 +167,9 @@ class Planner:
         )
 
     @property
-    def held_bytes(self) -> int:
-        """What the run takes all the time, whatever is chosen."""
-        return sum(part.size for part in self._held())
+    def loaded_bytes(self) -> int:
+        """What the run takes all the time, whatever is chosen, and what loading takes beside it."""
+        return sum(part.size for part in (*self._held(), *self._loading().parts))
 
     def _held(self) -> tuple[Part, ...]:
         weights, target = self.weights, self._target

@@ -20,7 +20,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourbit.config import DataSettings, RunConfig, TrainSettings, dump_config, learning_rate_for, resolve
+from fourbit.config import DataSettings, RunConfig, TrainSettings, learning_rate_for
+from fourbit.config_file import dump_config, resolve
 from fourbit.data.encode import Encoded
 from fourbit.data.gate import prepare
 from fourbit.data.read import read_rows

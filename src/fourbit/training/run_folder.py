@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fourbit.config import RunConfig, dump_config
+from fourbit.config import RunConfig
+from fourbit.config_file import dump_config
 from fourbit.errors import ConfigError
 from fourbit.evaluate import kept
 from fourbit.exporting import provenance

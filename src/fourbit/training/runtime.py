@@ -77,7 +77,7 @@ def measure(dtype: str) -> int:
     import transformers
     from rich.console import Console
 
-    from fourbit.config import resolve
+    from fourbit.config_file import resolve
     from fourbit.training import run
 
     console = Console(quiet=True)

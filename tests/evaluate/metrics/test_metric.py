@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fourbit.config import METRICS, EvalSettings, load_config
+from fourbit.config import METRICS, EvalSettings
+from fourbit.config_file import load_config
 from fourbit.errors import ConfigError, DataError
 from fourbit.evaluate.metrics.metric import Metric, metrics_of
 

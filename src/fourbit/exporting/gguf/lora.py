@@ -11,18 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from fourbit.errors import ModelError
 from fourbit.exporting.gguf import architecture
 from fourbit.exporting.gguf.write import file_names, parameter_shapes, written_aside
-from fourbit.model.adapter_folder import read_adapter, weights_file
+from fourbit.model.adapter_folder import LoraFactors, read_adapter, read_config
 
-_PREFIX = "base_model.model."
 # Initializations that change the base's weights: the adapter then belongs to the changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -37,23 +32,22 @@ def write_lora_gguf(
     """
     folder, target = Path(adapter_folder), Path(path)
     arch = architecture.architecture(config)
-    adapter = _read_config(folder)
-    pairs = _read_pairs(folder)
+    alpha = _read_alpha(folder)
+    layers = _read_layers(folder)
     names = file_names(arch, config)
-    if config.tie_word_embeddings and "lm_head" in pairs:
+    if config.tie_word_embeddings and "lm_head" in layers:
         raise _refused(folder, "it adapts lm_head, which is the embedding in this model")
-    _check_base(folder, pairs, config)
-    read_adapter(folder)  # raises where ranks, alphas or values cannot be
+    _check_base(folder, layers, config)
     with written_aside(target) as partial:
-        _write(partial, folder, adapter, pairs, names, config, arch)
+        _write(partial, folder, alpha, layers, names, config, arch)
     return target
 
 
 def _write(
     path: Path,
     folder: Path,
-    adapter: LoraConfig,
-    pairs: dict[str, dict[str, Tensor]],
+    alpha: float,
+    layers: dict[str, LoraFactors],
     names: Callable[[str], str],
     config: PretrainedConfig,
     arch: architecture.Architecture,
@@ -64,11 +58,11 @@ def _write(
     try:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(adapter.lora_alpha))
+        writer.add_float32("adapter.lora.alpha", alpha)
         writer.add_name(folder.resolve().name)
-        for module, pair in pairs.items():
-            a, b = pair["A"].float(), pair["B"].float()
-            b = b * _fold(adapter, module, rank=a.shape[0])
+        for module, layer in layers.items():
+            # So that alpha / rank, by which llama.cpp multiplies, makes it the layer's own scaling.
+            a, b = layer.a.float(), layer.b.float() * (layer.scaling * layer.rank / alpha)
             heads = architecture.query_heads(f"{module}.weight", config, arch)
             if heads:
                 b = architecture.interleave(b, heads)
@@ -82,17 +76,8 @@ def _write(
         writer.close()
 
 
-def _fold(adapter: LoraConfig, module: str, rank: int) -> float:
-    """What B is multiplied by, so that lora_alpha / rank of it is the module's own scaling."""
-    alphas = adapter.alpha_pattern or {}
-    alpha = float(alphas.get(get_pattern_key(list(alphas), module), adapter.lora_alpha))
-    own = alpha / rank**0.5 if adapter.use_rslora else alpha / rank
-    return own * rank / float(adapter.lora_alpha)
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    if not (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing)")
+def _read_alpha(folder: Path) -> float:
+    read_config(folder)  # PEFT would take a folder without one for a name on the hub
     try:
         adapter = LoraConfig.from_pretrained(str(folder))
     except Exception as error:  # strange settings make PEFT raise every class there is
@@ -114,34 +99,23 @@ def _read_config(folder: Path) -> LoraConfig:
     for reason, applies in reasons.items():
         if applies:
             raise _refused(folder, reason)
-    return adapter
+    return float(adapter.lora_alpha)
 
 
-def _read_pairs(folder: Path) -> dict[str, dict[str, Tensor]]:
-    file = weights_file(folder)
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file}: cannot be read ({error})") from error
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, values in tensors.items():
-        module, dot, part = name.removeprefix(_PREFIX).partition(".lora_")
-        side = part.removesuffix(".weight")
-        if not dot or side not in ("A", "B"):
-            raise _refused(folder, f"it holds '{name}', which is not part of a linear layer's LoRA")
-        pairs.setdefault(module, {})[side] = values
-    if not pairs:
+def _read_layers(folder: Path) -> dict[str, LoraFactors]:
+    adapter = read_adapter(folder)
+    strange = [*adapter.others, *(name for name, layer in adapter.layers.items() if layer.embedding)]
+    if strange:
+        raise _refused(folder, f"it holds '{strange[0]}', which is not part of a linear layer's LoRA")
+    if not adapter.layers:
         raise _refused(folder, "it is empty")
-    return pairs
+    return adapter.layers
 
 
-def _check_base(folder: Path, pairs: dict[str, dict[str, Tensor]], config: PretrainedConfig) -> None:
+def _check_base(folder: Path, layers: dict[str, LoraFactors], config: PretrainedConfig) -> None:
     shapes = parameter_shapes(config)
-    for module, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            raise ModelError(f"{folder}: '{module}' lacks lora_{'B' if 'A' in pair else 'A'}; train again")
-        found = (*pair["B"].shape[:-1], *pair["A"].shape[1:])
-        wanted = shapes.get(f"{module}.weight")
+    for module, layer in layers.items():
+        found, wanted = (layer.b.shape[0], layer.a.shape[1]), shapes.get(f"{module}.weight")
         if found != wanted:
             there = f"is {list(wanted)} there" if wanted else "is not there"
             raise ModelError(

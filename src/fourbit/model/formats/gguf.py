@@ -48,11 +48,10 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     otherwise, and its versions differ in what else they take from the file; here the file's own split and
     its first and last token are set. Raises ModelError for a way to split that is not known.
     """
-    check_gguf(file)
+    reader = _open(file)
     tokenizer: Any = _guard(
         file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     )
-    reader = _open(file)
     if _text(file, reader, "tokenizer.ggml.model") != "gpt2":
         return tokenizer
     name = _text(file, reader, "tokenizer.ggml.pre")
