@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fourbit.errors import ModelError
-from fourbit.exporting.gguf import kquants
+from fourbit.exporting.gguf import kquants, llama_cpp
 from fourbit.exporting.gguf.llama_cpp import LlamaCppReader
 from fourbit.exporting.gguf.write import write_gguf
 from tests.exporting.gguf import models
@@ -136,6 +136,21 @@ def test_files_that_llama_cpp_cannot_load_are_one_line(tmp_path: Path, file: Pat
     short.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(ModelError, match=r"short\.gguf: llama\.cpp cannot load it"):
         LlamaCppReader(short)
+
+
+@pytest.mark.parametrize(
+    ("cores", "busy", "threads"), [(4, 0.0, 4), (4, 49.0, 2), (2, 100.0, 1), (1, 0.0, 1)]
+)
+def test_busy_cores_get_no_thread(
+    cores: int, busy: float, threads: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp.psutil, "cpu_percent", lambda seconds: busy)
+    monkeypatch.setattr(llama_cpp.torch, "get_num_threads", lambda: cores)
+    taken = []
+    start = llama_cpp._start
+    monkeypatch.setattr(llama_cpp, "_start", lambda *a: taken.append(a[3]) or start(*a[:3], 1, *a[4:]))
+    with LlamaCppReader(file, context=64):
+        assert taken == [threads]
 
 
 @pytest.mark.parametrize(("package", "extra"), [("xllamacpp", "llama-cpp"), ("cyllama", "gguf-k")])

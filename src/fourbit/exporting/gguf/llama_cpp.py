@@ -20,6 +20,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import psutil
+import torch
+
 from fourbit.errors import ModelError
 
 #: Called with rows done so far and rows there are.
@@ -32,6 +35,8 @@ _Result = TypeVar("_Result")
 _FORCE = 1e6
 # How many of the likeliest tokens are asked for where the forced one is not reported, before all are.
 _LIKELIEST = 256
+# Seconds in which idle cores are counted.
+_LOOK = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class LlamaCppReader:
     """A loaded GGUF file, optionally with a LoRA GGUF applied at full strength. Use it in `with`.
 
     context  tokens that one row may have, prompt and answer together
-    threads  of llama.cpp's own
+    threads  of llama.cpp's own; default as many as there are idle cores
     slots    rows computed in one batch; each keeps the prefix that it has in common with its next row
 
     Raises ModelError when the binding is missing or llama.cpp cannot load the file.
@@ -57,7 +62,7 @@ class LlamaCppReader:
         path: str | os.PathLike[str],
         lora: str | os.PathLike[str] | None = None,
         context: int = 1024,
-        threads: int = 2,
+        threads: int | None = None,
         slots: int = 8,
     ) -> None:
         self._path = os.fspath(path)
@@ -65,7 +70,7 @@ class LlamaCppReader:
         self._slots = slots
         self._worker = threading.local()  # a thread's slot
         self._key = secrets.token_hex(16)
-        self._server: Any = _start(self._path, lora, context, threads, slots, self._key)
+        self._server: Any = _start(self._path, lora, context, threads or _idle_cores(), slots, self._key)
         address = urlsplit(self._server.listening_address)
         self._address = (address.hostname or "127.0.0.1", address.port)
         self._vocabulary = self._count_tokens()
@@ -231,6 +236,15 @@ def _start(
     except (RuntimeError, ValueError) as error:
         what = path if lora is None else f"{path} with {os.fspath(lora)}"
         raise ModelError(f"{what}: llama.cpp cannot load it, for the reason it gives above") from error
+
+
+def _idle_cores() -> int:
+    """Cores that no other process keeps busy just now, at least one.
+
+    llama.cpp's threads wait for one another some thousand times a token, so one that has to wait for a core
+    holds up all: on two busy cores two threads took eight times as long as one (docs/log.md).
+    """
+    return max(1, round(torch.get_num_threads() * (1 - psutil.cpu_percent(_LOOK) / 100)))
 
 
 def _binding() -> Any:
