@@ -243,6 +243,26 @@ def test_every_damage_is_found(tmp_path: Path) -> None:
     assert found.path == path
 
 
+def test_a_disk_that_gives_back_something_else_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, *make_run(step=1))
+    settle = durable.settle
+
+    def worn(path: Path) -> None:
+        settle(path)
+        flip(path / "optimizer.safetensors")
+
+    monkeypatch.setattr(durable, "settle", worn)
+    second = tmp_path / "checkpoints" / "step-000002"
+    with pytest.raises(TrainingError, match=r"step-000002 reads back otherwise .*optimizer\.saf"):
+        checkpoint.save(tmp_path, *make_run(step=2), keep=1)
+    assert not second.exists()
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.path.name == "step-000001"
+
+
 def check_damaged(folder: Path, path: Path) -> None:
     notes: list[str] = []
     with pytest.raises(TrainingError, match="all 1 checkpoints are damaged; restore one from a backup"):

@@ -5,8 +5,8 @@ checkpoints/step-000100/adapter/              PEFT's format (or the whole model 
                         state.json             counters, guard, settings, identity, SHA-256 of every file
 adapter/                                       the best so far by held-out loss, what a user keeps
 
-Each is written aside, synced and renamed (training.durable). A checkpoint is read only after its checksums
-have been compared, so a damaged one is found before it is used.
+Each is written aside, synced and renamed (training.durable). A checkpoint's checksums are compared with the
+disk before older ones go, and again before it is used, so a damaged one is found in time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Saved:
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, keep: int) -> Path:
     """Write a checkpoint of the run in `folder`; of the older ones the newest `keep` - 1 stay.
 
-    Raises TrainingError when the disk refuses; the checkpoints before stay as they are.
+    Raises TrainingError when the disk refuses or gives back something else; the checkpoints before it stay.
     """
     target = folder / _FOLDER / f"step-{state.progress.step:06d}"
     with durable.disk_errors(str(target)), durable.discard_on_error(target):
@@ -86,6 +86,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
         content = {**asdict(state), "files": durable.checksums(partial)}
         durable.write_text(partial / _STATE, json.dumps({"sha256": _digest(content), **content}, indent=2))
         durable.settle(target)
+        _read_back(target)
         for old in _by_step(folder)[:-keep]:
             durable.remove(old)
     return target
@@ -191,6 +192,19 @@ def _read_state(path: Path) -> State:
         if found[name] != checksum:
             raise ValueError(f"{name}: the checksum is wrong")
     return State(**{**content, "progress": Progress(**content["progress"])})
+
+
+def _read_back(path: Path) -> None:
+    """Raise TrainingError where the disk does not hold what was just written; that is taken away again."""
+    durable.forget(path)
+    try:
+        _read_state(path)
+    except ValueError as error:
+        durable.remove(path)
+        raise TrainingError(
+            f"{path} reads back otherwise than it was written ({error}); those before it are whole: "
+            "check the disk and the memory of this machine, then go on with --resume"
+        ) from error
 
 
 def _digest(content: dict[str, Any]) -> str:

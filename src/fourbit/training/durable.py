@@ -115,6 +115,18 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
+def forget(folder: Path) -> None:
+    """Let the system drop its copies of a folder's files, so that reading them asks the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def discard_on_error(path: Path) -> Iterator[None]:
     """Whatever fails within this block, what it had written aside for `path` goes and gives its room back."""
