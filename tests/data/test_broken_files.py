@@ -145,7 +145,8 @@ def test_damaged_statistics_do_not_end_the_process() -> None:
     """pyarrow ends it where it is asked for the columns of this file, which the fuzzer found."""
     content = (CORPUS / "parquet" / "statistics").read_bytes()
     Path("a.parquet").write_bytes(content)
-    refused("a.parquet", r"^a\.parquet: not a readable Parquet file \(.*histogram size mismatch")
+    reason = "histogram size mismatch|Unexpected end of stream"  # pyarrow 26 and 18
+    refused("a.parquet", rf"^a\.parquet: not a readable Parquet file \(.*({reason})")
 
 
 def test_other_types_whose_rows_share_values() -> None:
