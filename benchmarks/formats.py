@@ -4,43 +4,45 @@
 
 Each artifact is written by `fourbit.merge` or `fourbit.export`, read back by the engine's own software and
 compared by `fourbit verify` with the adapter on its 4-bit base, on the same rows, which the run must not have
-trained on. An artifact that lies in the output folder already is not written again; one that cannot be
-written is named below the table with the reason. GPTQ and AWQ run in an environment of their own, which
---install makes.
+trained on; without --data on those it held out. An artifact that lies in the output folder already is not
+written again; one that cannot be written is named below the table with the reason. GPTQ and AWQ run in an
+environment of their own, which --install makes.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fourbit.cli.common import stage_progress
-from fourbit.config import RunConfig
 from fourbit.config_file import load_config
+from fourbit.diagnose.machine import check_cores
 from fourbit.errors import ConfigError, FourBitError
 from fourbit.exporting import provenance
 from fourbit.exporting.export import export, merge
+from fourbit.exporting.streamed import Progress
 from fourbit.exporting.verification import Checked, Verification
 from fourbit.exporting.verify import verify
 from fourbit.model.load import load
 from fourbit.model.save import save_quantized
 
-#: The base as the adapter was trained on it, which LoRA GGUF files are put on.
-BASE, BASE_GGUF = "base-4bit", "base-F16.gguf"
+#: What the LoRA GGUF is put on.
+BASE = "base-F16.gguf"
 RESTORED = {"into": "dequantized"}
+#: Readers compute in it too, so that rounding is no difference between formats.
+FP32 = "model.compute_dtype=float32"
 
 Write = Callable[..., Any]
 
 
-def artifacts(run: Path, folder: Path, install: bool) -> dict[str, tuple[str, Write]]:
+def artifacts(run: Path, install: bool) -> dict[str, tuple[str, Write]]:
     """What is written, by name in the output folder: (what it is, the call that writes it)."""
     to = partial(export, run, **RESTORED)
     calibrated = partial(to, install=install)
@@ -58,8 +60,7 @@ def artifacts(run: Path, folder: Path, install: bool) -> dict[str, tuple[str, Wr
     found["bnb"] = ("restored merge in 4 bits again (bitsandbytes)", partial(to, to="bnb"))
     for quant in ("F16", "Q8_0", "Q4_0", "Q4_K_M"):
         found[f"{quant}.gguf"] = (f"GGUF {quant} of the restored merge", partial(to, to="gguf", quant=quant))
-    found[BASE_GGUF] = ("", partial(export, folder / BASE, to="gguf", quant="F16"))
-    found["lora.gguf"] = ("LoRA GGUF on the base's F16", partial(export, run, to="lora-gguf"))
+    found["lora.gguf"] = ("LoRA GGUF on the 4-bit base as GGUF F16", partial(write_lora, run))
     for method in ("gptq", "awq"):
         found[method] = (f"{method.upper()} of the restored merge", partial(calibrated, to=method))
     return found
@@ -83,20 +84,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.run / "config.yaml", ["model.compute_dtype=float32"])
+    config = load_config(args.run / "config.yaml", [FP32])
     folder = args.output or args.run / "formats"
-    wanted = artifacts(args.run, folder, args.install)
+    wanted = artifacts(args.run, args.install)
     unknown = set(args.only) - set(wanted)
     if unknown:
         raise ConfigError(f"--only {min(unknown)}: known are {', '.join(wanted)}")
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     names = [name for name in wanted if not args.only or name in args.only]
-    if "lora.gguf" in names and BASE_GGUF not in names:
-        names.insert(names.index("lora.gguf"), BASE_GGUF)
     for name in names:
-        if name == BASE_GGUF and not (folder / BASE).exists():
-            write_base(config, folder / BASE)
         if not (folder / name).exists():
             try:
                 with stage_progress(f"write {name}", console) as progress:
@@ -104,7 +101,7 @@ def compare(args: argparse.Namespace, console: Console) -> None:
             except FourBitError as error:
                 failed[name] = str(error)
                 console.print(f"{name}: {error}", markup=False, highlight=False)
-    measured = [name for name in names if name not in failed and name != BASE_GGUF]
+    measured = [name for name in names if name not in failed]
     with stage_progress("verify", console) as progress:
         result = verify(
             config,
@@ -112,7 +109,7 @@ def compare(args: argparse.Namespace, console: Console) -> None:
             [args.run / "adapter", *(folder / name for name in measured)],
             files=args.data,
             rows=args.rows,
-            gguf_base=folder / BASE_GGUF,
+            gguf_base=folder / BASE,
             progress=progress,
         )
     titles = ["adapter on the original weights", *(wanted[name][0] for name in measured)]
@@ -121,21 +118,24 @@ def compare(args: argparse.Namespace, console: Console) -> None:
         print(f"{wanted[name][0]}: not written ({reason})")
 
 
-def write_base(config: RunConfig, folder: Path) -> None:
-    """The training base as a 4-bit checkpoint, whose restored weights are those the adapter saw."""
-    settings = config.model.model_dump(exclude={"path"})
-    model, tokenizer = load(config.model.path, **settings)
-    save_quantized(model, tokenizer, folder)
+def write_lora(run: Path, file: Path, progress: Progress) -> None:
+    """The adapter alone, and beside it the base that it was trained on, from restored 4-bit weights."""
+    settings = load_config(run / "config.yaml", [FP32]).model
+    model, tokenizer = load(settings.path, **settings.model_dump(exclude={"path"}))
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        save_quantized(model, tokenizer, folder)
+        export(folder, file.parent / BASE, to="gguf", quant="F16", overwrite=True, progress=progress)
+    export(run, file, to="lora-gguf", progress=progress)
 
 
 def table(result: Verification, titles: list[str]) -> str:
     """Markdown: the reference, then a row for each artifact; changes against the reference."""
     reference = result.reference
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
-    machine = platform.processor() or platform.machine()
+    versions = provenance.versions()
+    known = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "code")
     lines = [
-        f"{result.rows:,} rows, {result.tokens:,} answer tokens, fp32; {machine}, "
-        f"{torch.get_num_threads()} threads; {versions}",
+        f"{result.rows:,} rows, {result.tokens:,} answer tokens, fp32; cores: {check_cores().facts[0].text}; "
+        f"{known}",
         "",
         "| | MB | loss | change | answers | points | top token | read by |",
         "|---|---|---|---|---|---|---|---|",

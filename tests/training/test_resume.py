@@ -253,11 +253,17 @@ def test_a_disk_that_gives_back_something_else_is_told(
         settle(path)
         flip(path / "optimizer.safetensors")
 
+    dropped = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, *a: dropped.append((os.readlink(f"/proc/self/fd/{fd}"), a))
+    )
     monkeypatch.setattr(durable, "settle", worn)
     second = tmp_path / "checkpoints" / "step-000002"
     with pytest.raises(TrainingError, match=r"step-000002 reads back otherwise .*optimizer\.saf"):
         checkpoint.save(tmp_path, *make_run(step=2), keep=1)
     assert not second.exists()
+    assert len(dropped) == 5
+    assert (str(second / "optimizer.safetensors"), (0, 0, os.POSIX_FADV_DONTNEED)) in dropped
     found = checkpoint.newest(tmp_path, pytest.fail)
     assert found is not None
     assert found.path.name == "step-000001"

@@ -34,6 +34,8 @@ _FOLDER, _STATE, _OPTIMIZER = "checkpoints", "state.json", "optimizer.safetensor
 _ADAPTER_CONFIG = "adapter_config.json"
 #: The whole model goes into one file, so that one rename replaces it.
 _ONE_FILE = 1 << 62
+#: What reading a damaged checkpoint raises.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass
@@ -142,7 +144,7 @@ def newest(folder: Path, note: Callable[[str], None]) -> Saved | None:
     for path in reversed(found):
         try:
             return Saved(path, _read_state(path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_DAMAGE) as error:
             note(f"{path}: damaged ({error}); looking for the checkpoint before it")
     if found:
         raise TrainingError(
@@ -199,7 +201,7 @@ def _read_back(path: Path) -> None:
     durable.forget(path)
     try:
         _read_state(path)
-    except ValueError as error:
+    except _DAMAGE as error:
         durable.remove(path)
         raise TrainingError(
             f"{path} reads back otherwise than it was written ({error}); those before it are whole: "
