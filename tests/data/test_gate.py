@@ -247,4 +247,4 @@ class TestView:
         rows = read_rows([folder / "test.csv"], wanted)
         encoded = encode(rows[::10], smollm2, wanted)
         assert encoded.dropped == {}
-        assert len(encoded.fingerprints) == len(encoded.examples) == len(rows[::10])
+        assert len(encoded.used) == len(encoded.examples) == len(rows[::10])

@@ -75,7 +75,10 @@ def run_settings(folder: str) -> RunConfig:
 
 @contextmanager
 def stage_progress(name: str, out: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields report(stage, done, total): bars in a terminal, a line every quarter of a minute elsewhere."""
+    """Yields report(stage, done, total): bars in a terminal, a line every quarter of a minute elsewhere.
+
+    A total of 0 stands for one that is not known.
+    """
     if not out.is_terminal:
         yield _plain_report(name, out)
         return
@@ -85,7 +88,7 @@ def stage_progress(name: str, out: Console) -> Iterator[Callable[[str, int, int]
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(f"{name}: {stage}", total=total)
+                tasks[stage] = bar.add_task(f"{name}: {stage}", total=total or None)
             bar.update(tasks[stage], completed=done)
 
         yield report
@@ -98,6 +101,6 @@ def _plain_report(name: str, out: Console) -> Callable[[str, int, int], None]:
         nonlocal printed
         if time.monotonic() - printed >= PLAIN_EVERY_SECONDS:
             printed = time.monotonic()
-            out.print(f"{name}: {stage} {done:,}/{total:,}", highlight=False)
+            out.print(f"{name}: {stage} {done:,}" + (f"/{total:,}" if total else ""), highlight=False)
 
     return report

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from fourbit.cli.common import add_config_arguments, console, print_json, read_settings, stage_progress
@@ -47,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--rows {args.rows}: give 0 or more")
     from fourbit.data.gate import prepare
     from fourbit.data.steps import epoch_fill
-    from fourbit.data.view import cells
+    from fourbit.data.view import cells, report_table
     from fourbit.model.tokenizer import open_tokenizer
 
     out = console(args.json)
@@ -65,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.html:
         for example, tokens in rows:
             _show(example, tokens, out)
-    _print_report([*prepared.report.lines(), ("filled", _filled(fill, config.train), False)], out)
+    out.print(report_table([*prepared.report.lines(), ("filled", _filled(fill, config.train), False)]))
     if args.html:
         out.print(f"wrote {args.html}, which holds the text of {len(rows):,} rows", highlight=False)
     return 0
@@ -110,15 +108,6 @@ def _filled(fill: Fill, train: TrainSettings) -> str:
     how = "micro-batches of" if train.packing is None else "packs of up to"
     size = train.micro_batch if train.packing is None else train.packing
     return f"{fill.share:.1%} of the tokens computed in an epoch ({how} {size:,})"
-
-
-def _print_report(lines: Sequence[tuple[str, str, bool]], out: Console) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value, attention in lines:
-        table.add_row(name, Text(value, style="yellow" if attention else ""))
-    out.print(table)
 
 
 def _write(path: str, report: Report, rows: list[tuple[Example, list[Cell]]], title: str) -> None:

@@ -8,7 +8,10 @@
     template.py     conversations to text, and which characters of it the assistant wrote
     tokens.py       text to token ids and the characters each token covers
     render.py       the three together: one row to an `Example`, ids and mask
+    hub.py          addresses of data sets on the hub
+    examples.py     encoded rows in compact form, in memory or in a file
     encode.py       many rows to an `Encoded`; the prompt alone, for evaluation; the held-out split
+    cache.py        encoded rows kept on disk from run to run
     truncate.py     rows that are too long
     fingerprint.py  hashes that find equal rows
     gate.py         all that a run reads, trains on and holds out, with a report

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fourbit.data.examples import length_of
 from fourbit.data.order import BATCHES, EPOCH, permutation
 from fourbit.data.render import Example
 from fourbit.shapes import rounded_size
@@ -102,7 +103,7 @@ def micro_batches(indices: Sequence[int], examples: Sequence[Example], micro_bat
 
 def _longest_first(indices: Sequence[int], examples: Sequence[Example]) -> list[int]:
     """Sorted by length; equal lengths keep their order."""
-    return sorted(indices, key=lambda index: -len(examples[index].input_ids))
+    return sorted(indices, key=lambda index: -length_of(examples, index))
 
 
 def _cut(indices: Sequence[int], size: int) -> list[list[int]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from fourbit.config import DataSettings, Problem
-from fourbit.data.fingerprint import Fingerprint, fingerprint
+from fourbit.data.examples import Examples, ExampleWriter
+from fourbit.data.fingerprint import fingerprint
 from fourbit.data.forms import Conversation, Document, interpret
 from fourbit.data.order import SAMPLE, SPLIT, permutation
 from fourbit.data.render import Example, Rendered, Renderer, before_answer, tools_of, with_system
@@ -35,28 +38,36 @@ Progress = Callable[[str, int, int], None]
 class Encoded:
     """What `encode` made of the rows.
 
-    examples      in the order of the rows; examples[i].row == i
-    dropped       reason to number of rows (under split_turns, of exchanges)
-    forms         form to number of rows, those dropped included
-    rows          number of rows read
-    tokens        of all examples; trained_tokens of them carry loss; longest is the longest example's length
-    cut           what was done to rows that were too long and are used all the same, to number of rows
-    parted        rows of which each answer has an example of its own
-    fingerprints  source of a used row to the hashes of its text, as it is and normalised
-    note          what is made good in every conversation of this chat template, or ""
+    examples  in the order of the rows; examples[i].row == i
+    used      of each used row its number among those read, and hashes of its text (`examples.ROWS`)
+    dropped   reason to number of rows (under split_turns, of exchanges)
+    forms     form to number of rows, those dropped included
+    rows      number of rows read
+    cut       what was done to rows that were too long and are used all the same, to number of rows
+    parted    rows of which each answer has an example of its own
+    note      what is made good in every conversation of this chat template, or ""
+    origin    where the tokens come from if they were not made now
     """
 
-    examples: list[Example]
+    examples: Examples
+    used: np.ndarray[Any, Any]
     dropped: dict[str, int]
     forms: dict[str, int]
     rows: int
-    tokens: int
-    trained_tokens: int
-    longest: int
     cut: dict[str, int] = field(default_factory=dict)
     parted: int = 0
-    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
     note: str = ""
+    origin: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples."""
+        return int(self.examples.lengths.sum())
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many of them carry loss."""
+        return int(self.examples.trained.sum())
 
     def summary(self) -> str:
         """One line: rows and their form, examples, tokens, and what was dropped or cut."""
@@ -67,15 +78,17 @@ class Encoded:
         return (
             f"{_count(self.rows, 'row')} ({forms}): {_count(len(self.examples), 'example')}, "
             f"{self.tokens:,} tokens, {self.trained_tokens:,} trained, "
-            f"longest {self.longest:,}; dropped: {dropped}{cut}"
+            f"longest {self.examples.lengths.max():,}; dropped: {dropped}{cut}"
+            + (f"; {self.origin}" if self.origin else "")
         )
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     settings: DataSettings,
     progress: Progress | None = None,
+    writer: ExampleWriter | None = None,
 ) -> Encoded:
     """Render, tokenise and mask all rows.
 
@@ -83,29 +96,30 @@ def encode(
     whose answers need texts of their own. Any other row longer than max_length is treated as
     `data.too_long` says and counted.
 
+    progress  called with "data", rows done, and rows in all, or 0 where that is not known beforehand
+    writer    takes the examples; None: one that keeps them in memory
+
     Raises DataError if rows cannot be trained whose kind `data.allow` does not name; if there are no rows;
     or if none is left.
     """
-    if not rows:
-        raise DataError("there are no rows to train on; give a file with at least one")
-    account = _Account(Renderer(tokenizer, settings), settings)
-    for start in range(0, len(rows), _GROUP):
-        account.add(rows[start : start + _GROUP])
+    account = _Account(
+        Renderer(tokenizer, settings), settings, writer if writer is not None else ExampleWriter()
+    )
+    total = len(rows) if isinstance(rows, Sized) else 0
+    remaining = iter(rows)
+    while group := list(islice(remaining, _GROUP)):
+        account.add(group)
         if progress is not None:
-            progress("data", min(start + _GROUP, len(rows)), len(rows))
-    account.check(len(rows))
-    examples = [replace(example, row=index) for index, example in enumerate(account.examples)]
+            progress("data", account.rows, total)
+    account.check()
     return Encoded(
-        examples=examples,
+        examples=account.writer.examples(),
+        used=account.writer.arrays()[1],
         dropped=dict(account.dropped),
         forms=dict(account.forms),
-        rows=len(rows),
-        tokens=sum(len(example.input_ids) for example in examples),
-        trained_tokens=sum(sum(example.trained) for example in examples),
-        longest=max(len(example.input_ids) for example in examples),
+        rows=account.rows,
         cut=dict(account.cut),
         parted=account.parted,
-        fingerprints=account.fingerprints,
         note=account.note,
     )
 
@@ -113,10 +127,9 @@ def encode(
 class _Account:
     """The examples of the rows so far, and what became of the others."""
 
-    def __init__(self, renderer: Renderer, settings: DataSettings) -> None:
-        self.renderer, self.settings = renderer, settings
-        self.examples: list[Example] = []
-        self.fingerprints: dict[str, Fingerprint] = {}
+    def __init__(self, renderer: Renderer, settings: DataSettings, writer: ExampleWriter) -> None:
+        self.renderer, self.settings, self.writer = renderer, settings, writer
+        self.rows = 0
         self.dropped: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
         self.forms: Counter[str] = Counter()
@@ -125,11 +138,14 @@ class _Account:
         self.note = ""
 
     def add(self, rows: Sequence[Row]) -> None:
-        texts = [(row, text) for row in rows if (text := self._texts(row))]
+        texts = [
+            (number, row, text) for number, row in enumerate(rows, self.rows) if (text := self._texts(row))
+        ]
+        self.rows += len(rows)
         if not texts:
             return
-        encoded = iter(self.renderer.tokenize([item.text for _, items in texts for item in items]))
-        for row, items in texts:
+        encoded = iter(self.renderer.tokenize([item.text for _, _, items in texts for item in items]))
+        for number, row, items in texts:
             pairs = [(item, next(encoded)) for item in items]
             try:
                 made = [e for pair in pairs for e in self.renderer.examples(*pair)]
@@ -138,18 +154,19 @@ class _Account:
                 continue
             fitting = self._fitting(row, made)
             if fitting:
-                self.examples += fitting
-                self.fingerprints[row.source] = fingerprint(items[-1].text)
+                self.writer.add(row, number, fitting, fingerprint(items[-1].text))
                 self.parted += len(items) > 1
 
-    def check(self, rows: int) -> None:
+    def check(self) -> None:
         """Raise DataError for problems that are not allowed, and if nothing is left."""
+        if not self.rows:
+            raise DataError("there are no rows to train on; give a file with at least one")
         for problem, messages in self.problems.items():
             self.dropped[problem] += len(messages)
         refused = {kind: m for kind, m in self.problems.items() if kind not in self.settings.allow}
         if refused:
             raise DataError(_refusal(refused))
-        if self.examples:
+        if len(self.writer):
             return
         if self.longest_dropped:
             raise DataError(
@@ -157,7 +174,7 @@ class _Account:
                 f"(the longest has {self.longest_dropped:,}); raise it"
             )
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items())
-        raise DataError(f"none of {_count(rows, 'row')} can be trained ({reasons}); give others")
+        raise DataError(f"none of {_count(self.rows, 'row')} can be trained ({reasons}); give others")
 
     def _texts(self, row: Row) -> list[Rendered]:
         try:
@@ -262,37 +279,48 @@ def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item]
     )
 
 
-def split_rows(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def split_rows(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """`split`, where all examples of one row come to the same side."""
-    train, heldout = split(_by_row(examples), fraction, seed)
-    return [e for group in train for e in group], [e for group in heldout for e in group]
+    rows = _rows_of(examples)
+    heldout = np.zeros(len(examples), dtype=bool)
+    if fraction:
+        _, chosen = split(range(_count_rows(rows)), fraction, seed)
+        heldout = np.isin(rows, chosen)
+    return examples.take(np.flatnonzero(~heldout)), examples.take(np.flatnonzero(heldout))
 
 
-def sample_rows(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+def sample_rows(examples: Examples, count: int, seed: int) -> Examples:
     """All examples of `count` rows, as `sample` draws them."""
-    return [example for group in sample(_by_row(examples), count, seed) for example in group]
+    rows = _rows_of(examples)
+    return examples.take(np.flatnonzero(np.isin(rows, sample(range(_count_rows(rows)), count, seed))))
 
 
-def weighted(examples: Sequence[Example], weights: dict[str, float], seed: int) -> list[Example]:
-    """Each row as often as the weight of its source says; what is left below one draws rows by seed.
+def weighted(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
+    """Each row as often as its weight says; what is left below one draws rows by seed.
+
+    weights  [N] of each example, the same for all of a row
 
     The copies of a row are examples of their own: `row` numbers all anew.
     """
-    chosen: list[Example] = []
-    groups: dict[float, list[list[Example]]] = {}
-    for group in _by_row(examples):
-        groups.setdefault(weights[group[0].source], []).append(group)
-    for weight, members in groups.items():
+    rows = _rows_of(examples)
+    chosen: list[np.ndarray[Any, Any]] = []
+    for weight in dict.fromkeys(weights):
+        places = np.flatnonzero(np.array(weights) == weight)
+        members = np.unique(rows[places]).tolist()
         whole = int(weight)
         drawn = sample(members, round((weight - whole) * len(members)), seed)
-        chosen += [example for group in members * whole + drawn for example in group]
-    return [replace(example, row=index) for index, example in enumerate(chosen)]
+        chosen += [places] * whole + [places[np.isin(rows[places], drawn)]]
+    return examples.take(np.concatenate(chosen), renumber=True)
 
 
-def _by_row(examples: Sequence[Example]) -> list[list[Example]]:
-    return [list(group) for _, group in groupby(examples, key=lambda example: example.source)]
+def _rows_of(examples: Examples) -> np.ndarray[Any, Any]:
+    """[N] the row of each example, numbered from 0 among those that occur."""
+    numbers: np.ndarray[Any, Any] = np.unique(examples.rows, return_inverse=True)[1]
+    return numbers
+
+
+def _count_rows(rows: np.ndarray[Any, Any]) -> int:
+    return int(rows.max()) + 1 if len(rows) else 0
 
 
 def sample(items: Sequence[Item], count: int, seed: int) -> list[Item]:

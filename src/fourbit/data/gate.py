@@ -6,14 +6,15 @@ meant, duplicates and held-out rows that are trained on too, is reported and doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fourbit.config import DataSettings
-from fourbit.data.encode import Encoded, Progress, encode, sample_rows, split_rows, weighted
-from fourbit.data.read import read_rows
-from fourbit.data.render import Example
+from fourbit.data.cache import encode_files
+from fourbit.data.encode import Encoded, Progress, sample_rows, split_rows, weighted
+from fourbit.data.examples import Examples
 from fourbit.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class Report:
 class Prepared:
     """Examples to train and to evaluate on, what was read for the former, and the report."""
 
-    train: list[Example]
-    heldout: list[Example]
+    train: Examples
+    heldout: Examples
     encoded: Encoded
     report: Report
 
@@ -113,19 +114,16 @@ def prepare(
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, render, mask and split as the settings say; raises DataError for what cannot be trained."""
-    entries = [read_rows([path], settings) for path in settings.train]
-    encoded = encode([row for rows in entries for row in rows], tokenizer, settings, progress)
+    encoded, counts = encode_files(settings.train, tokenizer, settings, progress)
     train, other = encoded.examples, None
     if settings.heldout:
-        other = encode(read_rows(settings.heldout, settings), tokenizer, settings, progress)
+        other, _ = encode_files(settings.heldout, tokenizer, settings, progress)
         heldout = other.examples
     else:
         train, heldout = split_rows(train, settings.heldout_fraction, seed)
     if settings.weights:
-        weights = {
-            row.source: weight for rows, weight in zip(entries, settings.weights, strict=True) for row in rows
-        }
-        train = weighted(train, weights, seed)
+        entries = np.searchsorted(np.cumsum(counts), encoded.used["number"][train.rows], side="right")
+        train = weighted(train, np.array(settings.weights)[entries].tolist(), seed)
     if settings.max_rows is not None:
         train = sample_rows(train, settings.max_rows, seed)
     if not train:
@@ -133,14 +131,11 @@ def prepare(
     return Prepared(train, heldout, encoded, _report(encoded, other, train, heldout))
 
 
-def _report(
-    encoded: Encoded, other: Encoded | None, train: Sequence[Example], heldout: Sequence[Example]
-) -> Report:
-    trained_on = [encoded.fingerprints[source] for source in _sources(train)]
-    evaluated = [(other or encoded).fingerprints[source] for source in _sources(heldout)]
-    exact, nearly = {text for text, _ in trained_on}, {normal for _, normal in trained_on}
-    leaked = sum(text in exact for text, _ in evaluated)
-    lengths = sorted(len(example.input_ids) for example in train)
+def _report(encoded: Encoded, other: Encoded | None, train: Examples, heldout: Examples) -> Report:
+    trained_on = encoded.used[np.unique(train.rows)]
+    evaluated = (other or encoded).used[np.unique(heldout.rows)]
+    leaked = int(np.isin(evaluated["text"], trained_on["text"]).sum())
+    lengths = np.sort(train.lengths).tolist()
     return Report(
         rows=encoded.rows,
         dropped=encoded.dropped,
@@ -152,18 +147,14 @@ def _report(
         examples=len(train),
         heldout_examples=len(heldout),
         tokens=sum(lengths),
-        trained_tokens=sum(sum(example.trained) for example in train),
+        trained_tokens=int(train.trained.sum()),
         lengths={_name(p): lengths[max(0, -(-p * len(lengths) // 100) - 1)] for p in _PERCENTILES},
-        duplicates=len(trained_on) - len(exact),
+        duplicates=len(trained_on) - len(np.unique(trained_on["text"])),
         leaked=leaked,
-        leaked_nearly=sum(normal in nearly for _, normal in evaluated) - leaked,
+        leaked_nearly=int(np.isin(evaluated["normal"], trained_on["normal"]).sum()) - leaked,
         heldout_dropped=other.dropped if other is not None else {},
         note=encoded.note,
     )
-
-
-def _sources(examples: Sequence[Example]) -> list[str]:
-    return list(dict.fromkeys(example.source for example in examples))
 
 
 def _name(percentile: int) -> str:

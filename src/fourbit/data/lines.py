@@ -17,21 +17,27 @@ File = Path | Member
 
 def json_lines(path: File) -> Iterator[Row]:
     """One JSON object per line. Lines end at a newline only: JSON text may hold other separators."""
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
-    if lines == [b""]:
-        return
-    for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            yield Row({}, str(path), number)
-            continue
-        text = _decode(raw, f"{path}:{number}")
-        try:
-            value = parse_json(text)
-        except json.JSONDecodeError as error:
-            raise _malformed(path, number, f"{error.msg}, column {error.colno}") from None
-        except ValueError as error:
-            raise _malformed(path, number, str(error)) from None
-        yield _object(value, path, number)
+    blank: list[int] = []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            raw = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).removesuffix(b"\n")
+            # Blank lines that end a file are harmless; one before a record is an empty row.
+            if not raw.strip():
+                blank.append(number)
+                continue
+            yield from (Row({}, str(path), line) for line in blank)
+            blank.clear()
+            yield _object(_value(raw, path, number), path, number)
+
+
+def _value(raw: bytes, path: File, number: int) -> Any:
+    text = _decode(raw, f"{path}:{number}")
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise _malformed(path, number, f"{error.msg}, column {error.colno}") from None
+    except ValueError as error:
+        raise _malformed(path, number, str(error)) from None
 
 
 def json_list(path: File) -> Iterator[Row]:

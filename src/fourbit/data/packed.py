@@ -44,8 +44,9 @@ class Member:
     def read_bytes(self) -> bytes:
         return self.content
 
-    def open(self, encoding: str, newline: str) -> IO[str]:
-        return io.TextIOWrapper(io.BytesIO(self.content), encoding=encoding, newline=newline)
+    def open(self, mode: str = "r", encoding: str | None = None, newline: str | None = None) -> IO[Any]:
+        binary = io.BytesIO(self.content)
+        return binary if mode == "rb" else io.TextIOWrapper(binary, encoding=encoding, newline=newline)
 
 
 def unpack(path: Path) -> Iterator[Member]:

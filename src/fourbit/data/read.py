@@ -1,7 +1,8 @@
 """Files to rows, whatever they are: one reader per suffix, one `Row` per record.
 
-Every file is read whole and every row's columns are checked here, before a model is loaded, so that a
-mistake in the last line costs seconds and not minutes.
+Every row's columns are checked here, before a model is loaded, so that a mistake in the last line costs
+seconds and not minutes. JSON lines, CSV, TSV, Parquet and folders of `datasets` are read piece by piece, so
+that they may be larger than memory; JSON lists, texts and compressed files whole.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 from fourbit.config import DataSettings
 from fourbit.data import packed
 from fourbit.data.forms import form_of
+from fourbit.data.hub import PREFIX, places
 from fourbit.data.lines import json_lines, json_list, whole_text
 from fourbit.data.packed import Member
 from fourbit.data.row import Row, blank_row
 from fourbit.data.tables import datasets_folder, delimited, parquet
 from fourbit.errors import DataError, nearest
 
-__all__ = ["SUFFIXES", "Row", "read_rows"]
+__all__ = ["SUFFIXES", "Row", "iter_rows", "read_rows"]
 
 Reader = Callable[[Path | Member], Iterator[Row]]
 
@@ -35,16 +37,21 @@ TEXT_READERS: dict[str, Reader] = {
 SUFFIXES = (*TEXT_READERS, ".parquet", *packed.SUFFIXES)
 
 
-def read_rows(
+def located(paths: Sequence[str | Path]) -> list[Path]:
+    """The files and folders that paths, or addresses on the hub, stand for. Raises DataError."""
+    return [place for path in paths for place in places(path, SUFFIXES)]
+
+
+def iter_rows(
     paths: Sequence[str | Path],
     settings: DataSettings,
     *,
     check: Callable[[Row, DataSettings], object] = form_of,
-) -> list[Row]:
-    """All rows of all files, in the order given.
+) -> Iterator[Row]:
+    """All rows of all files, in the order given, one by one.
 
-    A path is a file with one of `SUFFIXES`, a folder of text, or one written by
-    `datasets.Dataset.save_to_disk`. A `.txt` or `.md` file is one row with the column `text`.
+    A path is a file with one of `SUFFIXES`, a folder of text, one written by `datasets.Dataset.save_to_disk`,
+    or the address of a data set on the hub (`hub`). A `.txt` or `.md` file is one row with the column `text`.
 
     check: called with each row and the settings; raises DataError for columns that are not what is wanted,
     which by default are those of a form that can be trained on.
@@ -52,20 +59,29 @@ def read_rows(
     Raises DataError, naming file and line: missing or empty file, empty row (unless data.allow names it: it
     then comes back without fields), malformed row, a row that is not an object, or what `check` refuses.
     """
-    rows: list[Row] = []
-    for path in map(Path, paths):
-        before = len(rows)
-        rows.extend(_rows(path))
-        if len(rows) == before:
-            raise DataError(f"{path}: holds no rows; give a file with at least one")
-    if not rows:
+    if not paths:
         raise DataError("no data files were given; set data.train to a file or a list of files")
-    for row in rows:
-        if row.fields:
-            check(row, settings)
-        elif "empty" not in settings.allow:
-            raise blank_row(row)
-    return rows
+    for path in located(paths):
+        empty = True
+        for row in _rows(path):
+            empty = False
+            if row.fields:
+                check(row, settings)
+            elif "empty" not in settings.allow:
+                raise blank_row(row)
+            yield row
+        if empty:
+            raise DataError(f"{path}: holds no rows; give a file with at least one")
+
+
+def read_rows(
+    paths: Sequence[str | Path],
+    settings: DataSettings,
+    *,
+    check: Callable[[Row, DataSettings], object] = form_of,
+) -> list[Row]:
+    """`iter_rows`, all of them at once."""
+    return list(iter_rows(paths, settings, check=check))
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -125,6 +141,12 @@ def _folder(path: Path) -> Iterator[Row]:
 
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"{path}: no such file, and no folder {path.parent}; check the path"
+        hub = f", or write {PREFIX}{path} for one on the hub" if _like_a_name(path) else ""
+        return f"{path}: no such file, and no folder {path.parent}; check the path{hub}"
     hint = nearest(path.name, sorted(os.listdir(path.parent)))
     return f"{path}: no such file{hint}; check the path"
+
+
+def _like_a_name(path: Path) -> bool:
+    """Whether a path could be meant for OWNER/NAME."""
+    return len(path.parts) == 2 and path.suffix.lower() not in SUFFIXES and not path.is_absolute()

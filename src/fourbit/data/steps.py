@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fourbit.config import TrainSettings
 from fourbit.data.batch import effective_batches, micro_batches
+from fourbit.data.examples import length_of
 from fourbit.data.pack import best_fit, packed_size
 from fourbit.data.render import Example
 from fourbit.shapes import rounded_size
@@ -30,7 +31,7 @@ def groups(rows: Sequence[int], examples: Sequence[Example], settings: TrainSett
     """Rows of one optimizer step that are computed at once: packs, or micro-batches of similar length."""
     if settings.packing is None:
         return micro_batches(rows, examples, settings.micro_batch)
-    packs = best_fit([len(examples[row].input_ids) for row in rows], settings.packing)
+    packs = best_fit([length_of(examples, row) for row in rows], settings.packing)
     return [[rows[index] for index in pack] for pack in packs]
 
 
@@ -39,7 +40,7 @@ def epoch_fill(examples: Sequence[Example], settings: TrainSettings) -> Fill:
     size = _padded_size if settings.packing is None else packed_size
     steps = effective_batches(examples, settings.effective_batch, settings.seed, 0, settings.group_by_length)
     found = [
-        [len(examples[row].input_ids) for row in group]
+        [length_of(examples, row) for row in group]
         for step in steps
         for group in groups(step, examples, settings)
     ]

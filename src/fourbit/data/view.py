@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+from rich.text import Text
+
 from fourbit.data.gate import Report
 from fourbit.data.render import Example
 
@@ -54,6 +57,16 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
+
+
+def report_table(lines: Sequence[tuple[str, str, bool]]) -> Table:
+    """The lines of a report (`Report.lines`) for a terminal; what deserves attention is yellow."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value, attention in lines:
+        table.add_row(name, Text(value, style="yellow" if attention else ""))
+    return table
 
 
 def page(report: Report, rows: Sequence[tuple[Example, list[Cell]]], title: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fourbit.data.batch import collate
+from fourbit.data.examples import lengths_of
 from fourbit.data.render import Example
 from fourbit.errors import DataError
 from fourbit.evaluate.batching import length_batches
@@ -51,7 +52,7 @@ def heldout_loss(
     total, count, done = 0.0, 0, 0
     # Not inference_mode: this runs between training steps, which may meet what it leaves in caches.
     with evaluating(model), torch.no_grad():
-        for indices in length_batches([len(example.input_ids) for example in examples], tokens_per_batch):
+        for indices in length_batches(lengths_of(examples), tokens_per_batch):
             batch = collate([examples[index] for index in indices], pad_id).to(device)
             loss, tokens = causal_lm_loss(model, batch)
             total, count, done = total + float(loss), count + tokens, done + len(indices)
@@ -84,7 +85,7 @@ def example_losses(
     device = next(model.parameters()).device
     found: dict[int, RowLoss] = {}
     with evaluating(model), torch.no_grad():
-        for indices in length_batches([len(example.input_ids) for example in examples], tokens_per_batch):
+        for indices in length_batches(lengths_of(examples), tokens_per_batch):
             batch = collate([examples[index] for index in indices], pad_id).to(device)
             for index, loss, tokens in zip(indices, *row_losses(model, batch), strict=True):
                 found[index] = RowLoss(loss, tokens)

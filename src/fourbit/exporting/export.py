@@ -249,12 +249,12 @@ def _calibration_rows(
     run: RunConfig | None, data: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[list[int]]:
     """Token ids of rows drawn by seed, held-out rows never among them."""
-    from fourbit.data.encode import encode, sample, split_rows
-    from fourbit.data.read import read_rows
+    from fourbit.data.cache import encode_files
+    from fourbit.data.encode import sample, split_rows
 
     tokenizers.ensure_pad_token(tokenizer)
     settings = run.data if run is not None else DataSettings(train=tuple(data))
-    examples = list(encode(read_rows(data or settings.train, settings), tokenizer, settings).examples)
+    examples = encode_files(data or settings.train, tokenizer, settings)[0].examples
     seed = run.train.seed if run is not None else 0
     if not data and not settings.heldout:
         examples, _ = split_rows(examples, settings.heldout_fraction, seed)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourbit.data.examples import lengths_of
 from fourbit.data.render import Example
 
 #: Of one forward pass, in fp32.
@@ -81,9 +82,10 @@ def _places(example: Example) -> list[int]:
 
 def _batches(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:
     """Indices in batches of similar length and at most so many padded tokens, the longest rows first."""
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
+    lengths = lengths_of(examples)
+    order = sorted(range(len(examples)), key=lambda index: -lengths[index])
     while order:
-        size = max(1, tokens // len(examples[order[0]].input_ids))
+        size = max(1, tokens // lengths[order[0]])
         yield order[:size]
         order = order[size:]
 

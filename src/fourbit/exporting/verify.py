@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fourbit.config import RunConfig
+from fourbit.data.examples import lengths_of
 from fourbit.data.read import read_rows
 from fourbit.data.render import Example, Renderer
 from fourbit.errors import ConfigError
@@ -91,7 +92,7 @@ def verify(
 class _Reference:
     base: provenance.Source
     adapter: provenance.Source | None
-    examples: list[Example]
+    examples: Sequence[Example]
     texts: list[str]
     ids: list[list[int]]
     template: str | None
@@ -137,7 +138,7 @@ def _check(
     source = _hashed("artifact", place, progress)
     base = Path(gguf_base) if gguf_base is not None else None
     # One more than the longest row: llama.cpp keeps a place for the token that it predicts.
-    context = 1 + max(len(example.input_ids) for example in original.examples)
+    context = 1 + max(lengths_of(original.examples))
     reader = open_reader(place, config.model, base, context)
     try:
         scores = reader.score(original.examples, _stage(progress, place.name))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 from fourbit.config import RunConfig
 from fourbit.data.encode import encode
-from fourbit.data.read import read_rows
+from fourbit.data.read import iter_rows
 from fourbit.model.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def masked_rows(config: RunConfig, count: int) -> list[MaskedRow]:
 
     Raises DataError or ModelError where the files, or the model's tokenizer, are no longer there.
     """
-    rows = read_rows(config.data.train, config.data)[:count]
+    rows = list(islice(iter_rows(config.data.train, config.data), count))
     model = config.model
     tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     found = []

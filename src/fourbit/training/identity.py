@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fourbit.config import RunConfig
+from fourbit.data.examples import Examples, packed_tokens
 from fourbit.data.render import Example
 from fourbit.diagnose.machine import check_cores
 from fourbit.exporting.provenance import versions
@@ -34,7 +35,7 @@ from fourbit.training.schedule import learning_rate
 
 _LIBRARIES = ("fourbit", "torch", "transformers", "peft")
 _SECTIONS = ("model", "lora", "data", "train")
-_MAY_CHANGE = ("train.tensorboard", "train.keep_checkpoints", "train.compact_heap")
+_MAY_CHANGE = ("train.tensorboard", "train.keep_checkpoints", "train.compact_heap", "train.optimizer_memory")
 _BASE = ("model.path", "model.revision", "model.quant_type", "model.block_size", "model.double_quant")
 #: What is compared by content or as resolved, and how the names of the settings begin that choose it.
 _CHOSEN_BY: dict[str, tuple[str, ...]] = {
@@ -156,9 +157,13 @@ def weights_hash(model: nn.Module) -> str:
 def rows_hash(examples: Sequence[Example]) -> str:
     """SHA-256 of encoded rows: tokens, masks and numbers, in order."""
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(array("q", (example.row, len(example.input_ids), *example.input_ids)).tobytes())
-        digest.update(bytes(example.trained))
+    for place in range(len(examples)):
+        if isinstance(examples, Examples):  # tokens as they are kept, without a list of them
+            row, words = int(examples.numbers[place]), examples.words(place)
+        else:
+            row, words = examples[place].row, packed_tokens(examples[place])
+        digest.update(struct.pack("<qq", row, len(words)))
+        digest.update(words.tobytes())
     return digest.hexdigest()
 
 

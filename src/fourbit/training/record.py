@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import nn
 
 from fourbit.config import DataSettings, RunConfig
+from fourbit.data.read import located
 from fourbit.exporting import provenance
 from fourbit.nn.linear import Linear4bit
 
@@ -34,7 +35,8 @@ def held_as(model: nn.Module) -> dict[str, Any]:
 def describe_sources(base: str, data: DataSettings, console: Console) -> list[provenance.Source]:
     """Base and data by content, before they are used. A base without a place on disk is left out."""
     roles = [("base", base)] if Path(base).exists() else []
-    roles += [("data", path) for path in data.train] + [("heldout", path) for path in data.heldout]
+    roles += [("data", str(path)) for path in located(data.train)]
+    roles += [("heldout", str(path)) for path in located(data.heldout)]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("identify base and data")
         return [

@@ -23,8 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fourbit.config import DataSettings, RunConfig, TrainSettings, learning_rate_for
 from fourbit.config_file import dump_config, resolve
 from fourbit.data.encode import Encoded
+from fourbit.data.examples import Examples
 from fourbit.data.gate import prepare
-from fourbit.data.read import read_rows
+from fourbit.data.read import iter_rows
+from fourbit.data.view import report_table
 from fourbit.errors import ConfigError, nearest
 from fourbit.kernels import native
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory
@@ -187,19 +189,18 @@ def prepare_model(
 
 def prepare_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[Encoded, list[Any], list[Any]]:
+) -> tuple[Encoded, Examples, Examples]:
     """(what was read, training examples, held-out examples); raises DataError with none to train on."""
     with console.status("reading data") as status:
         prepared = prepare(
             config.data,
             tokenizer,
             config.train.seed,
-            lambda _, done, total: status.update(f"reading data: {done:,} of {total:,} rows"),
+            lambda _, done, total: status.update(f"reading data: {done:,} rows"),
         )
-    console.print(prepared.encoded.summary(), highlight=False, soft_wrap=True)
-    for name, value, attention in prepared.report.lines():
-        if attention and name in ("duplicates", "leakage", "note"):
-            console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+    console.print(report_table(prepared.report.lines()))
+    if prepared.encoded.origin:
+        console.print(prepared.encoded.origin)
     return prepared.encoded, prepared.train, prepared.heldout
 
 
@@ -297,8 +298,8 @@ def _work(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    examples: list[Any],
-    heldout: list[Any],
+    examples: Examples,
+    heldout: Examples,
 ) -> Work:
     _, total = parameter_counts(model)
     rate = config.train.learning_rate
@@ -330,7 +331,8 @@ def _check_data(config: RunConfig) -> None:
 
     The rows are read again when they are needed, not kept beside the model.
     """
-    read_rows([*config.data.train, *config.data.heldout], config.data)
+    for _ in iter_rows([*config.data.train, *config.data.heldout], config.data):
+        pass
 
 
 def _summary(model: PreTrainedModel | PeftModel, work: Work, outcome: Outcome) -> dict[str, Any]:
