@@ -23,7 +23,7 @@
 #endif
 
 // Raised whenever a signature below or its meaning changes; the loader refuses another number.
-#define FB_ABI_VERSION 2
+#define FB_ABI_VERSION 3
 
 FB_API int64_t fb_abi(void);
 
@@ -82,6 +82,15 @@ FB_API int fb_rms_norm_grad(const void* grad, const void* x, int dtype, int64_t 
 FB_API int fb_gated(const void* gate, const void* up, int dtype, int64_t n, int kind, void* out, int threads);
 FB_API int fb_gated_grad(const void* grad, const void* gate, const void* up, int dtype, int64_t n, int kind,
                          void* grad_gate, void* grad_up, int threads);
+
+// One step of AdamW (arXiv:1711.05101), in place: weight, grad, mean and square [n]. The eight coefficients are
+// 1 - rate decay, b1, 1 - b1, b2, 1 - b2, 1 / sqrt(1 - b2^t), eps, rate / (1 - b1^t). With 8-bit states each
+// block of 256 has its fp32 absmax [ceil(n / 256)]; maps [2, 256] and thresholds [2, 255] are of mean and square.
+FB_API int fb_adamw(float* weight, const float* grad, float* mean, float* square, int64_t n,
+                    const float* coefficients, int threads);
+FB_API int fb_adamw_8bit(float* weight, const float* grad, uint8_t* mean, float* mean_absmax, uint8_t* square,
+                         float* square_absmax, int64_t n, const float* coefficients, const float* maps,
+                         const float* thresholds, int threads);
 
 // Causal attention of grouped heads (arXiv:2205.14135). A tensor is one of [batch, heads, length, width], given
 // by the strides, in elements, of all but its last dimension, which must be contiguous. Query t of a row of the

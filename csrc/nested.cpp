@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "dynamic.h"
 #include "fourbit.h"
 #include "parallel.h"
 #include "scales.h"
@@ -40,15 +41,6 @@ double sum(const float* values, int64_t count, int threads) {
     std::vector<double> sums = chunk_sums(values, count, threads);
     while (sums.size() > 1) sums = chunk_sums(sums.data(), int64_t(sums.size()), threads);
     return sums[0];
-}
-
-// code[i] = the number of the 255 thresholds below y[i]. The values of a block descend together,
-// because one value's eight steps each wait for the one before.
-void find_codes(const float* y, int64_t count, const float* thresholds, uint8_t* code) {
-    uint32_t below[NESTED_BLOCK_SIZE] = {};
-    for (uint32_t half = 128; half > 0; half /= 2)
-        for (int64_t i = 0; i < count; ++i) below[i] += y[i] > thresholds[below[i] + half - 1] ? half : 0;
-    for (int64_t i = 0; i < count; ++i) code[i] = uint8_t(below[i]);
 }
 
 }  // namespace

@@ -121,36 +121,36 @@ def thresholds(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The signed 8-bit dynamic data type of double quantization, fp32 [256] ascending (Dettmers 2015,
-    arXiv:1511.04561). Shared: do not write to it.
+def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
+    """The 8-bit dynamic data type, fp32 [256] ascending (Dettmers 2015, arXiv:1511.04561): signed for double
+    quantization and AdamW's means, unsigned for its squares. Shared: do not write to it.
 
-    For each exponent e in 0..-6 the interval [0.1, 1] is cut into 2^(6+e) equal parts whose midpoints,
-    times 10^e and with both signs, are values; 0 and 1 complete them. Each step is rounded to fp32 as
-    in bitsandbytes, whose torch.linspace runs from both ends with fused multiply-adds: fp64 here.
+    For each exponent e in 0..-6 the interval [0.1, 1] is cut into 2^(6+e) equal parts (unsigned: 2^(7+e))
+    whose midpoints, times 10^e and with both signs, are values; 0 and 1 complete them. Each step is rounded
+    to fp32 as in bitsandbytes, whose torch.linspace runs from both ends with fused multiply-adds: fp64 here.
     """
     start = _fp32(0.1)
     found = [_fp32(0.0, 1.0)]
     for exponent in range(-6, 1):
-        parts = 2 ** (6 + exponent)
+        parts = 2 ** ((6 if signed else 7) + exponent)
         step = ((1.0 - start) / parts).double()
         steps = torch.arange(parts + 1, dtype=torch.float64, device="cpu")
         upward, downward = start.double() + step * steps, 1.0 - step * (parts - steps)
         edges = torch.where(steps < (parts + 1) // 2, upward, downward).float()
         middles = (edges[:-1] + edges[1:]) / 2 * _fp32(10.0**exponent)
-        found += [middles, -middles]
+        found += [middles, -middles] if signed else [middles]
     with torch.inference_mode(False):
         return torch.cat(found).sort().values.to(device)
 
 
 @lru_cache(maxsize=16)
-def dynamic_thresholds(device: torch.device | str = "cpu") -> Tensor:
+def dynamic_thresholds(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
     """Midpoints of the dynamic map, fp32 [255], rounded DOWN where fp32 cannot hold them.
 
     An fp32 value exceeds the rounded midpoint exactly when it exceeds the true one, so comparing in
     fp32 finds the nearest value without error.
     """
-    values = dynamic_map().double()
+    values = dynamic_map(signed=signed).double()
     exact = (values[:-1] + values[1:]) / 2
     rounded = exact.float()
     below = torch.nextafter(rounded, _fp32(-torch.inf))

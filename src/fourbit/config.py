@@ -214,6 +214,15 @@ class TrainSettings(_Settings):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the variance (QLoRA: 0.999)")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw, or adamw_8bit: its states in a quarter of the memory"
+    )
+    optimizer_memory: int | None = Field(
+        default=None,
+        ge=0,
+        description="MiB of optimizer states that stay beside the weights; the rest is paged from the run's "
+        "disk (on a GPU from host memory); changes memory and speed only; null: all stay",
+    )
     activation_checkpointing: bool = Field(
         default=True, description="keep only layer inputs, recompute the rest"
     )

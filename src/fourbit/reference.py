@@ -269,3 +269,53 @@ def _scores(q: Tensor, k: Tensor, first: Tensor, scale: float) -> Tensor:
 
 def _repeated(kv: Tensor, q: Tensor) -> Tensor:
     return kv.float().repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
+
+
+def adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, coefficients: Tensor) -> None:
+    """One step of AdamW on fp32 [n], in place (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2).
+
+    coefficients  fp32 [8] on the CPU: 1 - rate decay, b1, 1 - b1, b2, 1 - b2, 1 / sqrt(1 - b2^t), eps,
+                  rate / (1 - b1^t)
+    """
+    decay, keep1, take1, keep2, take2, correction, eps, rate = coefficients.tolist()
+    mean.copy_(mean * keep1 + grad * take1)
+    square.copy_(square * keep2 + (grad * grad) * take2)
+    # In fp32 torch's root is MKL's on some processors, a unit in the last place off in one value of five.
+    bottom = square.double().sqrt().float() * correction + eps
+    weight.copy_(weight * decay - (mean / bottom) * rate)
+
+
+def adamw_8bit(
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    mean_absmax: Tensor,
+    square: Tensor,
+    square_absmax: Tensor,
+    coefficients: Tensor,
+) -> None:
+    """`adamw` with states of 8 bits in blocks of 256 (Dettmers et al., arXiv:2110.02861), in place.
+
+    mean, square                uint8 [n]: codes of the signed and of the unsigned dynamic map
+    mean_absmax, square_absmax  fp32 [ceil(n / 256)]
+
+    Weights are updated from the states before they are rounded. A square that is not zero is not rounded to
+    zero, since the step would then be divided by eps alone.
+    """
+    m = _unpack_blocks(mean, mean_absmax, dynamic_map(mean.device))
+    v = _unpack_blocks(square, square_absmax, dynamic_map(square.device, signed=False))
+    adamw(weight, grad, m, v, coefficients)
+    _pack_blocks(m, mean, mean_absmax, dynamic_thresholds(mean.device))
+    _pack_blocks(v, square, square_absmax, dynamic_thresholds(square.device, signed=False))
+    square.clamp_(min=(v > 0).to(torch.uint8))
+
+
+def _unpack_blocks(codes: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
+    return values[codes.int()] * absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+
+
+def _pack_blocks(value: Tensor, codes: Tensor, absmax: Tensor, thresholds: Tensor) -> None:
+    blocks = F.pad(value, (0, -value.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    absmax.copy_(blocks.abs().amax(dim=1))
+    scaled = blocks / absmax.clamp(min=_SMALLEST).unsqueeze(1)
+    codes.copy_(torch.bucketize(scaled, thresholds).view(-1)[: value.numel()])

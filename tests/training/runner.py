@@ -148,16 +148,17 @@ def make_run(step: int) -> tuple[Any, Any, Any]:
     import torch
 
     from fourbit.model.adapters import add_lora
+    from fourbit.optim import PagedAdamW
     from fourbit.training import checkpoint
     from tests.tiny import llama
 
     model = add_lora(llama(layers=1), r=2, target_modules=["q_proj"])  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    optimizer = PagedAdamW(trained)
     with torch.no_grad():
         for parameter in trained:
             parameter.fill_(step)
-            optimizer.state[parameter] = {"exp_avg": parameter.clone(), "step": torch.tensor(float(step))}
+    optimizer.write_states(lambda p, name: torch.tensor(step) if name == "step" else p.detach().clone())
     return model, optimizer, checkpoint.State(checkpoint.Progress(step), {"bad": 0, "losses": []}, 0, {}, {})
 
 

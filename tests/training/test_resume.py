@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from fourbit.config import RunConfig
 from fourbit.errors import TrainingError
+from fourbit.optim import adamw
 from fourbit.training import checkpoint, durable, loop
 from fourbit.training import run as training
 from fourbit.training.guard import Guard
@@ -104,6 +106,26 @@ def test_packed_rows_are_taken_up_too(settings: Any, tmp_path: Path, monkeypatch
     assert trained(config, resume=True)[0] == "done"
     whole, stopped = contents(tmp_path / "whole"), contents(config.output)
     assert [name for name in whole if whole[name] != stopped[name]] == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_paged_states_change_nothing_and_are_taken_up_too(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Resumed under other budgets, the run is the same as one whose states never moved."""
+    changes = {"train__optimizer": optimizer, "lora__dropout": 0.2}
+    monkeypatch.setattr(adamw, "PAGE_WEIGHTS", 1024)
+    trained(settings(output=str(tmp_path / "whole"), **changes))
+    stopped = {"output": str(tmp_path / "stopped"), **changes}
+    with monkeypatch.context() as patch:
+        stop_after(patch, "_optimizer_step", 3)
+        assert trained(settings(**stopped, train__optimizer_memory=0))[0] == "interrupted"
+    assert trained(settings(**stopped), resume=True)[0] == "done"
+    assert_same(tmp_path / "whole", stopped["output"])
+    states = load_file(tmp_path / "whole" / "checkpoints" / "step-000006" / "optimizer.safetensors")
+    assert len([name for name in states if name.endswith("_absmax")]) == (
+        len(states) * 2 // 5 if optimizer == "adamw_8bit" else 0
+    )
 
 
 def test_full_fine_tuning_is_taken_up_too(

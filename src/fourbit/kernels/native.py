@@ -25,7 +25,7 @@ from fourbit.codebooks import dynamic_map, dynamic_thresholds
 from fourbit.errors import ConfigError
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
-_ABI = 2
+_ABI = 3
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -67,6 +67,8 @@ _SIGNATURES = {
     "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),
     "fb_gated": (_I, [_P, _P, _I, _N, _I, _P, _I]),
     "fb_gated_grad": (_I, [_P, _P, _P, _I, _N, _I, _P, _P, _I]),
+    "fb_adamw": (_I, [_P, _P, _P, _P, _N, _P, _I]),
+    "fb_adamw_8bit": (_I, [_P, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
     "fb_attention": (_I, [_P, _I]),
     "fb_attention_grad": (_I, [_P, _I]),
 }
@@ -328,6 +330,38 @@ def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, ste
     )
     _check(status, "dropout")
     return y
+
+
+def adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, coefficients: Tensor) -> None:
+    """One step of AdamW on contiguous fp32 [n], in place (`reference.adamw`)."""
+    pointers = (tensor.data_ptr() for tensor in (weight, grad, mean, square))
+    threads = torch.get_num_threads()
+    status = _library().fb_adamw(*pointers, weight.numel(), coefficients.data_ptr(), threads)
+    _check(status, "adamw")
+
+
+def adamw_8bit(
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    mean_absmax: Tensor,
+    square: Tensor,
+    square_absmax: Tensor,
+    coefficients: Tensor,
+) -> None:
+    """The same with blockwise 8-bit states (`reference.adamw_8bit`)."""
+    maps = torch.stack([dynamic_map(signed=True), dynamic_map(signed=False)])
+    thresholds = torch.stack([dynamic_thresholds(signed=True), dynamic_thresholds(signed=False)])
+    pointers = (tensor.data_ptr() for tensor in (weight, grad, mean, mean_absmax, square, square_absmax))
+    status = _library().fb_adamw_8bit(
+        *pointers,
+        weight.numel(),
+        coefficients.data_ptr(),
+        maps.data_ptr(),
+        thresholds.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, "adamw_8bit")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

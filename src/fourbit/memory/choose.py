@@ -15,28 +15,34 @@ _RECOMPUTING = 4 / 3
 _FIXED_TOKENS = 64
 #: What smaller pieces of the loss cost: each reads the whole head again.
 _SMALL_CHUNK = 1.02
+#: What reading and writing optimizer states costs a step.
+_PAGING = 1.03
 #: What fresh memory for every block costs a small model (docs/log.md).
 _COMPACTING = 1.35
 
 
-def alternatives(effective_batch: int, loss_chunk: int, tokens: int, on_cpu: bool) -> list[Choice]:
+def alternatives(
+    effective_batch: int, loss_chunk: int, tokens: int, on_cpu: bool, optimizer_memory: int | None = None
+) -> list[Choice]:
     """All choices, those expected to be faster first."""
     sizes = [1 << power for power in range(effective_batch.bit_length())]
     rows = sorted({*(size for size in sizes if size <= effective_batch), effective_batch})
     chunks = sorted({loss_chunk, max(1, loss_chunk // 4)})
     heaps = (False, True) if on_cpu else (False,)
     found = [
-        Choice(n, recompute, chunk, compact)
+        Choice(n, recompute, chunk, compact, paged)
         for n in rows
         for recompute in (False, True)
         for chunk in chunks
         for compact in heaps
+        for paged in dict.fromkeys((optimizer_memory, 0))
     ]
 
     def cost(choice: Choice) -> float:
         time = 1 + _FIXED_TOKENS / (choice.micro_batch * tokens)
         time *= _RECOMPUTING if choice.activation_checkpointing else 1
         time *= _SMALL_CHUNK if choice.loss_chunk < loss_chunk else 1
+        time *= _PAGING if choice.optimizer_memory == 0 else 1
         return time * (_COMPACTING if choice.compact_heap else 1)
 
     return sorted(found, key=cost)

@@ -48,19 +48,21 @@ class Choice:
     activation_checkpointing  whether layers are recomputed in backward
     loss_chunk                MiB of logits formed at once
     compact_heap              whether freed memory goes back to the system at once (on a CPU)
+    optimizer_memory          MiB of optimizer states that stay beside the weights; None: all
     """
 
     micro_batch: int
     activation_checkpointing: bool
     loss_chunk: int
     compact_heap: bool = False
+    optimizer_memory: int | None = None
 
     def text(self) -> str:
         recomputed = "with" if self.activation_checkpointing else "no"
         heap = ", compact heap" if self.compact_heap else ""
-        return (
-            f"micro_batch {self.micro_batch}, {recomputed} checkpointing, loss_chunk {self.loss_chunk}{heap}"
-        )
+        paged = ", paged optimizer" if self.optimizer_memory is not None else ""
+        micro_batch = f"micro_batch {self.micro_batch}, {recomputed} checkpointing"
+        return f"{micro_batch}, loss_chunk {self.loss_chunk}{heap}{paged}"
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
         "activation_checkpointing": choice.activation_checkpointing,
         "loss_chunk": choice.loss_chunk,
         "compact_heap": choice.compact_heap,
+        "optimizer_memory": choice.optimizer_memory,
     }
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 

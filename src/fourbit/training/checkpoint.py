@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 checkpoints/step-000100/adapter/              PEFT's format (or the whole model under full fine-tuning)
-                        optimizer.safetensors  AdamW's moments, by parameter name
+                        optimizer.safetensors  AdamW's states, by parameter name
                         state.json             counters, guard, settings, identity, SHA-256 of every file
 adapter/                                       the best so far by held-out loss, what a user keeps
 
@@ -19,14 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import TrainingError
 from fourbit.evaluate import kept
+from fourbit.exporting.shards import ShardWriter
 from fourbit.limits import parse_json
+from fourbit.optim.adamw import STATES, PagedAdamW
 from fourbit.training import durable
 
 ADAPTER = "adapter"
@@ -75,7 +77,7 @@ class Saved:
     state: State
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, keep: int) -> Path:
+def save(folder: Path, model: nn.Module, optimizer: PagedAdamW, state: State, keep: int) -> Path:
     """Write a checkpoint of the run in `folder`; of the older ones the newest `keep` - 1 stay.
 
     Raises TrainingError when the disk refuses or gives back something else; the checkpoints before it stay.
@@ -84,7 +86,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
     with durable.disk_errors(str(target)), durable.discard_on_error(target):
         partial = durable.new_folder(target)
         save_weights(model, partial / ADAPTER)
-        save_file(_optimizer_tensors(model, optimizer), str(partial / _OPTIMIZER))
+        _save_optimizer(model, optimizer, partial)
         content = {**asdict(state), "files": durable.checksums(partial)}
         durable.write_text(partial / _STATE, json.dumps({"sha256": _digest(content), **content}, indent=2))
         durable.settle(target)
@@ -162,22 +164,19 @@ def recorded_compute_dtype(folder: Path) -> str | None:
     return None
 
 
-def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(saved: Saved, model: nn.Module, optimizer: PagedAdamW) -> None:
     """Load weights and moments; raises TrainingError when they do not fit the model."""
     try:
         load_weights(saved.path / ADAPTER, model)
-        moments = load_file(str(saved.path / _OPTIMIZER))
-        for name, parameter in _trainable(model):
-            state = {
-                key.removeprefix(f"{name}/"): value.to(parameter.device)
-                for key, value in moments.items()
-                if key.startswith(f"{name}/")
-            }
-            if not state:  # no step has been applied to it yet
-                continue
-            if state["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"'{name}' has another shape")
-            optimizer.state[parameter] = state
+        names = {parameter: name for name, parameter in _trainable(model)}
+        with safe_open(str(saved.path / _OPTIMIZER), "pt") as file:
+            known = set(file.keys())
+
+            def find(parameter: nn.Parameter, state: str) -> Tensor | None:
+                key = f"{names[parameter]}/{state}"
+                return file.get_tensor(key) if key in known else None  # none: no step was applied to it yet
+
+            optimizer.write_states(find)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TrainingError(f"{saved.path}: does not fit the model ({error})") from error
 
@@ -222,12 +221,21 @@ def _sort_sets(model: PeftModel, path: Path) -> None:
     path.write_text(json.dumps(stored, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in _trainable(model)
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _save_optimizer(model: nn.Module, optimizer: PagedAdamW, folder: Path) -> None:
+    """One state after another, so that paged ones are never in memory together."""
+    names = {parameter: name for name, parameter in _trainable(model)}
+    writer = ShardWriter(
+        folder, [f"{name}/{state}" for name in names.values() for state in STATES], _ONE_FILE
+    )
+    try:
+        for parameter, state, value in optimizer.read_states():
+            writer.add(f"{names[parameter]}/{state}", value)
+        if writer.finish():
+            (folder / "model.safetensors").rename(folder / _OPTIMIZER)
+        else:  # before the first step
+            save_file({}, str(folder / _OPTIMIZER))
+    finally:
+        writer.abandon()
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fourbit.config import TrainSettings
 from fourbit.data.batch import Batch, collate, effective_batches
+from fourbit.data.examples import length_of
 from fourbit.data.pack import collate_packed
 from fourbit.data.render import Example
 from fourbit.data.steps import groups
@@ -32,6 +33,7 @@ from fourbit.model.adapters import key_source
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import causal_lm_loss
 from fourbit.nn.packing import check_packing
+from fourbit.optim import PagedAdamW
 from fourbit.training import checkpoint
 from fourbit.training.guard import Guard
 from fourbit.training.identity import Record
@@ -103,12 +105,15 @@ def run_loop(
     settings, model = work.settings, work.model
     total = steps_in_run(len(work.train), settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
+    memory = settings.optimizer_memory
+    optimizer = PagedAdamW(
         parameters,
         work.learning_rate,
         (settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
-        fused=True,
+        bits=8 if settings.optimizer == "adamw_8bit" else 32,
+        memory=None if memory is None else memory << 20,
+        folder=work.folder,
     )
     progress, guard = checkpoint.Progress(), Guard()
     if resume_from is not None:
@@ -178,6 +183,7 @@ def run_loop(
             if stop:
                 stopped = "interrupted"
                 break
+    optimizer.close()
     seconds = metrics.seconds_before + time.monotonic() - began
     return Outcome(progress, stopped, seconds, progress.tokens / seconds)
 
@@ -208,7 +214,7 @@ def _steps(work: Work, first: int, total: int) -> Iterator[tuple[int, list[int]]
 
 def _optimizer_step(
     work: Work,
-    optimizer: torch.optim.Optimizer,
+    optimizer: PagedAdamW,
     parameters: list[nn.Parameter],
     guard: Guard,
     step: int,
@@ -245,7 +251,7 @@ def _optimizer_step(
             group["lr"] = rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, sum(len(work.train[row].input_ids) for row in rows), warning
+    return loss, grad_norm, sum(length_of(work.train, row) for row in rows), warning
 
 
 def _micro_batches(work: Work, rows: list[int]) -> Iterator[Batch]:

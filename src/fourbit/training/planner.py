@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from fourbit.config import DataSettings, LoraSettings, ModelSettings, RunConfig, TrainSettings
 from fourbit.config_file import resolve
+from fourbit.data.examples import lengths_of, trained_of
 from fourbit.data.pack import MULTIPLE
 from fourbit.data.render import Example
 from fourbit.errors import ConfigError, nearest
@@ -28,6 +29,7 @@ from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
 from fourbit.memory.weights import Weights, count_weights
 from fourbit.model.compute import choose_compute_dtype, choose_device
+from fourbit.optim.adamw import state_bytes
 from fourbit.shapes import rounded_size
 from fourbit.training.rehearse import Rehearsal
 from fourbit.training.runtime import CUDA_CONTEXT, runtime_bytes
@@ -43,8 +45,8 @@ _BYTES_PER_WORD = 400
 #: 2.36 (docs/log.md). Recomputing layers: so many times what they keep and what one needs. Else: as much as
 #: they keep up to some size, and a share of all they keep.
 _HOLES_RECOMPUTING, _HOLES_KEEPING, _HOLES_SHARE = 1.4, 180_000_000, 0.22
-#: Python objects of an encoded row: two lists, and an integer for each token.
-_BYTES_PER_TOKEN = 48
+#: What an encoded row takes, wherever its tokens are: its place among them, and numbers that order rows.
+_BYTES_PER_ROW = 200
 #: What cuBLAS keeps on a card (CUBLAS_WORKSPACE_CONFIG :4096:8, set for repeatable runs).
 _CUBLAS = 8 * 4096 * 1024
 
@@ -56,7 +58,6 @@ class Rows:
     longest  tokens of the longest row
     trained  the largest share of a row's tokens that carries a label
     count    training rows
-    tokens   tokens of all rows, held-out ones included
     shapes   padded lengths that occur
     words    of the tokenizer; None: as many as the model has
     heldout  held-out rows, and tokens of the longest of them; None: as many and as long as may be
@@ -65,7 +66,6 @@ class Rows:
     longest: int
     trained: float = 1.0
     count: int | None = None
-    tokens: int = 0
     shapes: int = 1
     words: int | None = None
     heldout: tuple[int, int] | None = None
@@ -73,13 +73,12 @@ class Rows:
     @staticmethod
     def of(train: Sequence[Example], heldout: Sequence[Example], words: int) -> Rows:
         """The figures of encoded rows, and of the tokenizer."""
-        lengths = [len(example.input_ids) for example in train]
-        others = [len(example.input_ids) for example in heldout]
+        lengths = lengths_of(train)
+        others = lengths_of(heldout)
         return Rows(
             longest=max(lengths),
-            trained=max(sum(example.trained) / len(example.trained) for example in train),
+            trained=max(n / length for n, length in zip(trained_of(train), lengths, strict=True)),
             count=len(train),
-            tokens=sum(lengths) + sum(others),
             shapes=len({rounded_size(length) for length in lengths}),
             words=words,
             heldout=(len(others), max(others, default=0)),
@@ -140,12 +139,29 @@ class Planner:
     def asked(self) -> Choice:
         """What the settings say as they are."""
         train = self._config.train
-        return Choice(train.micro_batch, train.activation_checkpointing, train.loss_chunk, train.compact_heap)
+        return Choice(
+            train.micro_batch,
+            train.activation_checkpointing,
+            train.loss_chunk,
+            train.compact_heap,
+            train.optimizer_memory,
+        )
 
     def choose(self, budget: int) -> Plan:
         """The fastest plan within a budget in bytes. Raises MemoryBudgetError."""
         train = self._config.train
-        found = alternatives(train.effective_batch, train.loss_chunk, self._padded(1)[1], self._target.on_cpu)
+        found = alternatives(
+            train.effective_batch,
+            train.loss_chunk,
+            self._padded(1)[1],
+            self._target.on_cpu,
+            train.optimizer_memory,
+        )
+        weights, bits = self.weights.trained // 4, self._bits
+        if (
+            state_bytes(weights, bits, 0)[0] >= state_bytes(weights, bits, None)[0]
+        ):  # too few to gain by paging
+            found = [choice for choice in found if choice.optimizer_memory == train.optimizer_memory]
         if train.packing is not None:  # packs are computed one at a time
             found = [choice for choice in found if choice.micro_batch == 1]
         return choose(self.plan, found, budget)
@@ -161,17 +177,17 @@ class Planner:
             tokens=self._padded(choice.micro_batch)[1],
             effective_batch=self._config.train.effective_batch,
             choice=choice,
-            held=self._held(),
-            phases=(self._loading(), self._step(choice), self._evaluation(choice)),
+            held=self._held(choice),
+            phases=(self._loading(choice), self._step(choice), self._evaluation(choice)),
             budget=self._target.memory,
         )
 
     @property
     def loaded_bytes(self) -> int:
         """What the run takes all the time, whatever is chosen, and what loading takes beside it."""
-        return sum(part.size for part in (*self._held(), *self._loading().parts))
+        return sum(part.size for part in (*self._held(self.asked), *self._loading(self.asked).parts))
 
-    def _held(self) -> tuple[Part, ...]:
+    def _held(self, choice: Choice) -> tuple[Part, ...]:
         weights, target = self.weights, self._target
         dtype = str(target.dtype).removeprefix("torch.")
         adapter = self._config.lora is not None
@@ -181,19 +197,32 @@ class Planner:
             Part(f"weights in {dtype}", weights.rest, "embeddings, head, norms"),
             Part("adapters" if adapter else "trained weights", weights.trained, "fp32"),
             Part("gradients", weights.trained, "fp32"),
-            Part("optimizer states", 2 * weights.trained, "AdamW, fp32"),
+            self._optimizer(choice),
             Part("dequantize buffer", weights.largest * target.dtype.itemsize, f"largest matrix, {dtype}"),
         ]
         if target.on_cpu:
             parts.insert(0, Part("runtime", self._runtime_bytes, "Python and libraries"))
             words = self._rows.words or self._vocabulary
             parts.append(Part("tokenizer", words * _BYTES_PER_WORD, f"{words:,} words"))
-            parts.append(Part("rows", self._rows.tokens * _BYTES_PER_TOKEN, f"{self._rows.tokens:,} tokens"))
+            rows = self._rows.count or 0
+            parts.append(Part("rows", rows * _BYTES_PER_ROW, f"{rows:,}, their tokens in a file"))
             parts.append(Part("generated code", self._code(), "oneDNN's, by shape of product"))
         else:
             parts.insert(0, Part("runtime", CUDA_CONTEXT, "CUDA context and kernels, about"))
             parts.append(Part("cuBLAS workspace", _CUBLAS))
         return tuple(part for part in parts if part.size)
+
+    @property
+    def _bits(self) -> int:
+        return 8 if self._config.train.optimizer == "adamw_8bit" else 32
+
+    def _optimizer(self, choice: Choice) -> Part:
+        bits = self._bits
+        memory = None if choice.optimizer_memory is None else choice.optimizer_memory << 20
+        here, elsewhere = state_bytes(self.weights.trained // 4, bits, memory)
+        tier = "disk" if self._target.on_cpu else "host memory"
+        paged = f", {elsewhere / 1e6:,.0f} MB more on {tier}" if elsewhere else ""
+        return Part("optimizer states", here, f"AdamW, {bits} bits{paged}")
 
     @cached_property
     def _runtime_bytes(self) -> int:
@@ -250,8 +279,8 @@ class Planner:
         size = max(needs.highest, loss)
         return Phase("evaluation", (Part("forward pass", size, f"{rows} x {tokens:,} tokens"),))
 
-    def _loading(self) -> Phase:
-        later = sum(part.size for part in self._held() if part.name in _AFTER_LOADING)
+    def _loading(self, choice: Choice) -> Phase:
+        later = sum(part.size for part in self._held(choice) if part.name in _AFTER_LOADING)
         copies = 4 * self._largest * (2 if Path(self._config.model.path).suffix == ".gguf" else 1)
         return Phase("loading", (Part("largest weight", copies, "as it is read"),), absent=later)
 
