@@ -126,7 +126,9 @@ def test_columns_without_values() -> None:
     pyarrow.parquet.write_table(
         pyarrow.table({"text": pyarrow.nulls(700_000, pyarrow.string())}), "a.parquet"
     )
-    refused("a.parquet", r"^a\.parquet: grows to more than 64 MiB")
+    refused("a.parquet", r"^a\.parquet:1: the row is empty")
+    with pytest.raises(DataError, match=r"^a\.parquet: grows to more than 64 MiB"):
+        read_rows(["a.parquet"], DataSettings(train="unused", allow=["empty"]))
 
 
 def test_a_row_that_is_a_list_without_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_the_rows_are_those_that_training_held_out(run: Run) -> None:
     from fourbit.training.run import prepare_data
 
     _, _, heldout = prepare_data(run.config, byte_tokenizer(), Console(quiet=True))
-    assert heldout_examples(run.config, byte_tokenizer()) == heldout
+    assert list(heldout_examples(run.config, byte_tokenizer())) == list(heldout)
     whole = load_config(run.folder / "config.yaml", ["data.heldout_fraction=0"])
     with pytest.raises(ConfigError, match="no rows were held out"):
         heldout_examples(whole, byte_tokenizer())
