@@ -20,11 +20,13 @@ _WHERE = {
     "export": "fourbit.exporting.export",
     "errors": "fourbit.errors",
     "FourBitConfig": "fourbit.model.quantizer",
+    "PagedAdamW": "fourbit.optim.adamw",
     "functional": "fourbit.functional",
 }
 
 __all__ = [
     "FourBitConfig",
+    "PagedAdamW",
     "add_lora",
     "export",
     "functional",
