@@ -30,6 +30,7 @@ from fourbit.data.examples import INDEX, ROWS, Examples, ExampleWriter, Tokens
 from fourbit.data.read import iter_rows, located
 from fourbit.data.row import Row
 from fourbit.errors import DataError
+from fourbit.hashing import file_hash
 from fourbit.limits import parse_json
 from fourbit.private import cache_folder, owner_only
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 _TOKENS, _INDEX, _ROWS, _ACCOUNT = "tokens.bin", "index.bin", "rows.bin", "account.json"
 _PARTIAL = ".partial"
-_CHUNK = 1 << 22
 #: Fields of `Encoded` that an entry keeps as JSON.
 _ACCOUNTED = ("dropped", "forms", "rows", "cut", "parted", "note")
 #: Unfinished entries of processes that were killed go when they are so old, in seconds.
@@ -112,14 +112,14 @@ def _key(
     template = str(tokenizer.chat_template or "")
     about = {
         "paths": list(map(str, paths)),
-        "files": [(str(file), _hash_file(file)) for file in files],
+        "files": [(str(file), file_hash(file)) for file in files],
         "settings": settings.model_dump(mode="json", exclude=_NOT_ENCODING),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": template,
         # Some templates write the day into the text.
         "day": str(date.today()) if "strftime" in template else "",
-        "code": [_hash_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
+        "code": [file_hash(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
         "versions": [version(name) for name in _PACKAGES],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
@@ -151,7 +151,7 @@ def _save(place: Path, encoded: Encoded, writer: ExampleWriter, counts: list[int
             file.write(array.tobytes())
     account = {name: getattr(encoded, name) for name in _ACCOUNTED}
     account |= {"files": writer.files(), "read": counts}
-    account["checksums"] = {name: _hash_file(place / name) for name in (_TOKENS, _INDEX, _ROWS)}
+    account["checksums"] = {name: file_hash(place / name) for name in (_TOKENS, _INDEX, _ROWS)}
     text = json.dumps(account)
     with open(place / _ACCOUNT, "w", encoding="utf-8", opener=_private) as out:
         json.dump({"account": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}, out)
@@ -176,7 +176,7 @@ def _load(folder: Path) -> tuple[Encoded, list[int]] | None:
         if hashlib.sha256(saved["account"].encode()).hexdigest() != saved["sha256"]:
             return None
         account = parse_json(saved["account"])
-        if account["checksums"] != {name: _hash_file(folder / name) for name in (_TOKENS, _INDEX, _ROWS)}:
+        if account["checksums"] != {name: file_hash(folder / name) for name in (_TOKENS, _INDEX, _ROWS)}:
             return None
         index, used = np.fromfile(folder / _INDEX, INDEX), np.fromfile(folder / _ROWS, ROWS)
         examples = Examples(
@@ -185,14 +185,6 @@ def _load(folder: Path) -> tuple[Encoded, list[int]] | None:
         return Encoded(examples, used, **{name: account[name] for name in _ACCOUNTED}), account["read"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _private(path: str, flags: int) -> int:

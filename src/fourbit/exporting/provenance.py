@@ -22,11 +22,11 @@ from typing import Any
 
 import fourbit
 from fourbit.errors import ModelError
+from fourbit.hashing import file_hash
 from fourbit.limits import parse_json
 
 FILE = "provenance.json"
 #: Bytes hashed at a time.
-_CHUNK = 1 << 22
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "bitsandbytes")
 #: What decides how a model computes; a card or a log beside it does not.
 _MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*.json", "tokenizer.model", "*.gguf")
@@ -110,16 +110,14 @@ def read(place: Path) -> list[Step]:
 def content_hash(files: Sequence[Path], progress: HashProgress | None = None) -> str:
     """SHA-256 of the files' contents: of the one file itself, of several over their names and hashes."""
     total, done = sum(file.stat().st_size for file in files), 0
-    hashes = []
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
-        hashes.append(digest.hexdigest())
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    hashes = [file_hash(file, advance) for file in files]
     if len(files) == 1:
         return hashes[0]
     lines = (f"{name.name} {value}\n" for name, value in zip(files, hashes, strict=True))

@@ -350,8 +350,7 @@ def adamw_8bit(
     coefficients: Tensor,
 ) -> None:
     """The same with blockwise 8-bit states (`reference.adamw_8bit`)."""
-    maps = torch.stack([dynamic_map(signed=True), dynamic_map(signed=False)])
-    thresholds = torch.stack([dynamic_thresholds(signed=True), dynamic_thresholds(signed=False)])
+    maps, thresholds = _dynamic_tables()
     pointers = (tensor.data_ptr() for tensor in (weight, grad, mean, mean_absmax, square, square_absmax))
     status = _library().fb_adamw_8bit(
         *pointers,
@@ -362,6 +361,15 @@ def adamw_8bit(
         torch.get_num_threads(),
     )
     _check(status, "adamw_8bit")
+
+
+@cache
+def _dynamic_tables() -> tuple[Tensor, Tensor]:
+    """(fp32 [2, 256] the signed and the unsigned dynamic map, [2, 255] their thresholds)."""
+    return (
+        torch.stack([dynamic_map(signed=True), dynamic_map(signed=False)]),
+        torch.stack([dynamic_thresholds(signed=True), dynamic_thresholds(signed=False)]),
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ moved out of the way of its successor and counts until that stands. `recover` cl
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fourbit.errors import TrainingError
+from fourbit.hashing import file_hash
 
 _PARTIAL, _OLD = ".partial", ".old"
-_CHUNK = 1 << 22
 
 
 def partial_of(path: Path) -> Path:
@@ -109,7 +108,7 @@ def settled_names(folder: Path) -> set[str]:
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its relative path."""
     return {
-        file.relative_to(folder).as_posix(): _sha256(file)
+        file.relative_to(folder).as_posix(): file_hash(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -148,14 +147,6 @@ def disk_errors(what: str) -> Iterator[None]:
             f"{what} cannot be written ({reason}); what was saved before is whole: "
             "put that right, then go on with --resume"
         ) from error
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync_tree(folder: Path) -> None:
