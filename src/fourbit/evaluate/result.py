@@ -42,7 +42,8 @@ class RowScore:
     source        "file:line"
     scores        by metric, from 0 to 1
     cut           whether the answer reached the length limit
-    choice        the most likely label, and whether it is the reference; None without labels
+    choice        the most likely label; None without labels, or where it is only known not to be the reference
+    choice_right  whether it is the reference; None without labels
     loss          nats, summed over the reference's tokens; None if not asked for or the row is too long
     tokens        how many of them there are
     """
@@ -61,7 +62,7 @@ class RowScore:
     def to_dict(self, with_text: bool) -> dict[str, Any]:
         """Plain values for JSON, without what is None; texts only on request."""
         found: dict[str, Any] = {**self.scores, "cut": self.cut}
-        if self.choice is not None:
+        if self.choice_right is not None:
             found[CHOICE] = self.choice_right
         if self.loss is not None:
             found |= {LOSS: self.loss, "tokens": self.tokens}
@@ -78,10 +79,11 @@ class EvalResult:
     accuracy         of the first of them that knows right and wrong: exact match unless set otherwise
     choice_accuracy  of the most likely labels
     right            whether each row's generated answer is right, by the same metric as accuracy
-    choices          the index of each row's most likely label
+    choices          the index of each row's most likely label; None where it is only known not to be the
+                     reference
     loss             of reference answers
-    confusions       wrong answers by frequency; of labels where they were given, else of generated answers,
-                     if those were completed
+    confusions       wrong answers by frequency, if they were completed; of labels where they were given, else
+                     of generated answers
     table            the same as a table, for a classification with few labels
     cut              generated answers that reached the length limit
     dropped          rows longer than data.max_length, which the loss leaves out
@@ -94,7 +96,7 @@ class EvalResult:
     accuracy: Accuracy | None
     choice_accuracy: Accuracy | None
     right: list[bool] | None
-    choices: list[int] | None
+    choices: list[int | None] | None
     loss: HeldoutLoss | None
     samples: list[Sample]
     confusions: list[Confusion]
