@@ -10,7 +10,7 @@ import torch
 from fourbit.errors import DataError
 from fourbit.evaluate.context import Context, inference, prefill
 from fourbit.evaluate.generate import answer_batch, generate
-from fourbit.evaluate.likelihood import choose_batch, most_likely
+from fourbit.evaluate.likelihood import LabelSearch, most_likely
 from fourbit.evaluate.trie import LabelTrie
 from tests.evaluate.conftest import build, random_prompts
 
@@ -51,7 +51,35 @@ def test_exactly_the_most_likely(kind: str, seed: int, shared: int, batch_size: 
     assert len({choice.label for choice in choices}) > 1
 
 
-def count_read(model: Any, prompts: list[list[int]], labels: list[list[int]], monkeypatch: Any) -> int:
+@pytest.mark.parametrize("kind", ["llama", "mixed"])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_whether_the_wanted_label_is_the_most_likely(kind: str, batch_size: int) -> None:
+    """Some are, some are not, one has a single token, and for some prompts no label is wanted."""
+    model, labels, prompts = build(kind, 5), [*random_labels(30, 5), [END]], random_prompts(14, 12, 5)
+    scores = [brute_force(model, prompt, labels) for prompt in prompts]
+    best = [max(range(len(labels)), key=values.__getitem__) for values in scores]
+    wanted = [
+        [label, (label + 1) % len(labels), None, len(labels) - 1][i % 4] for i, label in enumerate(best)
+    ]
+    choices = most_likely(model, prompts, labels, wanted=wanted, batch_size=batch_size)
+    for choice, asked, true, values in zip(choices, wanted, best, scores, strict=True):
+        if asked in (None, true):
+            assert choice.label == true
+            assert choice.log_prob == pytest.approx(values[true], abs=1e-4)
+        else:
+            assert choice.label is None
+            assert choice.log_prob > values[asked]
+            assert min(abs(choice.log_prob - value) for value in values) < 1e-4
+    assert sum(choice.label is None for choice in choices) >= 5
+
+
+def count_read(
+    model: Any,
+    prompts: list[list[int]],
+    labels: list[list[int]],
+    monkeypatch: Any,
+    wanted: list[int | None] | None = None,
+) -> int:
     """How many prefixes of labels the search appends to the cache."""
     read = 0
     extend = Context.extend
@@ -63,8 +91,18 @@ def count_read(model: Any, prompts: list[list[int]], labels: list[list[int]], mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Context, "extend", counting)
-        most_likely(model, prompts, labels)
+        most_likely(model, prompts, labels, wanted=wanted, batch_size=4)
     return read
+
+
+def test_a_label_that_is_beaten_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, labels = build("llama"), random_prompts(12, 0), random_labels(60, 6, alphabet=12)
+    found = [choice.label for choice in most_likely(model, prompts, labels)]
+    assert None not in found
+    other: list[int | None] = [(label + 1) % len(labels) for label in found if label is not None]
+    whole = count_read(model, prompts, labels, monkeypatch)
+    assert count_read(model, prompts, labels, monkeypatch, other) < 0.5 * whole
+    assert count_read(model, prompts, labels, monkeypatch, list(found)) < 1.5 * whole
 
 
 def test_what_cannot_win_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +134,7 @@ def test_one_prefill_serves_search_and_generation() -> None:
     model, prompts, labels = build("llama"), random_prompts(6, 12), random_labels(20, 3)
     with inference(model):
         ((indices, context),) = prefill(model, prompts, 8)
-        choices = {indices[row]: choice for row, choice in choose_batch(context.fork(), LabelTrie(labels))}
+        choices = dict(LabelSearch(LabelTrie(labels)).choose(indices, context.fork()))
         answers = dict(answer_batch(context, indices, [END], 10))
     assert [choices[index] for index in range(6)] == most_likely(model, prompts, labels, batch_size=8)
     assert [answers[index] for index in range(6)] == generate(model, prompts, [END], 10, batch_size=8)

@@ -57,6 +57,28 @@ def test_wrong_answers(learned: LlamaForCausalLM, rows: list[Row], complete: boo
     assert result.confusions == (expected if complete else [])
 
 
+def test_the_same_accuracies_without_the_rest_of_the_search(
+    learned: LlamaForCausalLM, rows: list[Row]
+) -> None:
+    """A wrong row's likeliest label stays unknown, but for samples; a reference that is no label is searched."""
+    wrong = changed(changed(rows, 1, "black"), 2, "red") * 2
+    labels = sorted(COLORS.values())
+    arguments = (learned, byte_tokenizer(), wrong, DATA, SETTINGS)
+    whole = evaluate(*arguments, labels=labels, loss=False, samples=1)
+    fast = evaluate(*arguments, labels=labels, loss=False, samples=1, complete=False)
+    assert fast.choice_accuracy == whole.choice_accuracy
+    assert [row.choice_right for row in fast.row_scores] == [row.choice_right for row in whole.row_scores]
+    assert [row.choice for row in whole.row_scores] == ["green", "blue", "white", "red"] * 2
+    assert [row.choice for row in fast.row_scores] == ["green", None, "white", "red"] * 2
+    assert (fast.confusions, fast.table, fast.samples[0].choice) == ([], None, "green")
+    assert [row.to_dict(False)["likeliest_label"] for row in fast.row_scores] == [
+        False,
+        False,
+        True,
+        True,
+    ] * 2
+
+
 def test_breaking_off_saves_tokens(
     learned: LlamaForCausalLM, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,9 @@ and leaves the rest of the tree unread (branch and bound; nothing is approximate
 read every prefix that is likelier than the best label; this one reads few others.
 
 Whether one wanted label is the argmax, which is all that an accuracy asks, takes far less where it is not:
-its own tokens, and those of the first label found to be likelier. So its path is read first, and the search
-then follows the prefixes that are furthest ahead of its pace.
+its own tokens, and those of the first label found to be likelier. So its path is read first, beside those of
+the labels that most often won before (an untrained model prefers the same few whatever is asked), and the
+search then follows the prefixes that are furthest ahead of its pace.
 
 Many requests are searched at once. In each round every request adds the T most likely of its open
 prefixes to its KV cache, side by side: each sees the prompt and its own ancestors. A fine-tuned model
@@ -19,6 +20,7 @@ banking77), and the prompt is read once either way.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +38,8 @@ _MARGIN = 2.0
 _FEW_TOKENS, _MANY_TOKENS = 64, 512
 #: Requests leave a batch when so large a part of it has its answer; leaving copies the cache.
 _LEAVING = 4
+#: So many of the labels that beat wanted ones before are tried first.
+_RIVALS = 3
 _CHUNK_BYTES = 2 * 2**20
 _NEVER = -torch.inf
 
@@ -67,39 +71,50 @@ def most_likely(
 
     Raises DataError if labels are missing, empty or the same.
     """
-    trie = LabelTrie(labels, next(model.parameters()).device)
+    search = LabelSearch(LabelTrie(labels, next(model.parameters()).device), wanted)
     choices: dict[int, Choice] = {}
     with inference(model):
         for indices, context in prefill(model, prompts, batch_size):
-            asked = [wanted[index] for index in indices] if wanted is not None else None
-            for row, choice in choose_batch(context, trie, asked):
-                choices[indices[row]] = choice
+            for index, choice in search.choose(indices, context):
+                choices[index] = choice
                 if progress is not None:
                     progress(len(choices), len(prompts))
     return [choices[index] for index in range(len(prompts))]
 
 
-def choose_batch(
-    context: Context, trie: LabelTrie, wanted: Sequence[int | None] | None = None
-) -> Iterator[tuple[int, Choice]]:
-    """The row and most likely label of each request of a prefilled batch, as they are found.
+class LabelSearch:
+    """The search over one set of labels, for one batch of prompts after another.
 
-    wanted: see `most_likely`. Consumes the context (fork it to keep it). To be iterated under
-    `inference(model)`.
+    wanted: see `most_likely`.
     """
-    search = _Search(context, trie, wanted)
-    while True:
-        open_scores = search.open_scores()
-        going_on = open_scores.amax(dim=1) > _NEVER
-        count = int(going_on.sum())
-        if count == 0:
-            yield from search.results(~going_on)
-            return
-        if (len(going_on) - count) * _LEAVING >= len(going_on):
-            yield from search.results(~going_on)
-            search.keep(going_on.nonzero().squeeze(1))
-            open_scores = open_scores[going_on]
-        search.read_likeliest(open_scores)
+
+    def __init__(self, trie: LabelTrie, wanted: Sequence[int | None] | None = None) -> None:
+        self._trie, self._wanted = trie, wanted
+        self._winners: Counter[int] = Counter()
+
+    def choose(self, indices: Sequence[int], context: Context) -> Iterator[tuple[int, Choice]]:
+        """The index and most likely label of each request of a prefilled batch, as they are found.
+
+        indices: of the context's rows among all prompts. Consumes the context (fork it to keep it). To be
+        iterated under `inference(model)`.
+        """
+        wanted = None if self._wanted is None else [self._wanted[index] for index in indices]
+        rivals = [label for label, _ in self._winners.most_common(_RIVALS)]
+        search = _Search(context, self._trie, wanted, rivals)
+        while True:
+            open_scores = search.open_scores()
+            going_on = open_scores.amax(dim=1) > _NEVER
+            count = int(going_on.sum())
+            if count == 0 or (len(going_on) - count) * _LEAVING >= len(going_on):
+                for row, best, choice in search.results(~going_on):
+                    if choice.label is None:
+                        self._winners[best] += 1
+                    yield indices[row], choice
+                if count == 0:
+                    return
+                search.keep(going_on.nonzero().squeeze(1))
+                open_scores = open_scores[going_on]
+            search.read_likeliest(open_scores)
 
 
 class _Search:
@@ -112,7 +127,11 @@ class _Search:
     """
 
     def __init__(
-        self, context: Context, trie: LabelTrie, wanted: Sequence[int | None] | None = None
+        self,
+        context: Context,
+        trie: LabelTrie,
+        wanted: Sequence[int | None] | None,
+        rivals: Sequence[int],
     ) -> None:
         self.context, self.trie = context, trie
         batch, device = context.positions.shape[0], context.positions.device
@@ -126,7 +145,7 @@ class _Search:
         self._score_children(context.logits, self.rows, self.rows, torch.zeros_like(self.rows))
         ends = [0 if label is None else int(trie.ends[label]) for label in wanted or [None] * batch]
         self.wanted = torch.tensor(ends, device=device)
-        self._read_wanted()
+        self._read_first(trie.ends[list(rivals)])
 
     def open_scores(self) -> Tensor:
         """[B, N]: the scores of nodes that must still be read, -inf elsewhere."""
@@ -141,18 +160,18 @@ class _Search:
     def _wanted_scores(self) -> Tensor:
         return self.scores.gather(1, self.wanted[:, None])  # [B, 1]
 
-    def _read_wanted(self) -> None:
-        """Score the labels that are asked for, the tokens of each side by side."""
-        trie, batch = self.trie, len(self.wanted)
-        on_path = trie.ancestors[self.wanted, :-1].clone()
-        on_path[:, 0] = False
-        on_path[torch.arange(batch), self.wanted] = False  # an end has no children to score
+    def _read_first(self, rivals: Tensor) -> None:
+        """Score, where a label is wanted, that label and the ones that end at rivals [n], side by side."""
+        trie = self.trie
+        ends = torch.cat([self.wanted[:, None], rivals.expand(len(self.wanted), -1)], dim=1)
+        on_path = trie.ancestors[ends, :-1].any(dim=1) & (self.wanted > 0)[:, None]
+        on_path &= (trie.depth > 0) & (trie.children > 0)  # the root is read, and an end has no children
         width = int(on_path.sum(dim=1).max())
         if width == 0:
             return
-        # Numbers grow with depth, so a path's nodes come in its order, then what is not of it.
+        # Numbers grow with depth, so a node's parent comes before it; then what is on no path.
         numbers = torch.where(on_path, torch.arange(trie.size, device=on_path.device), trie.size)
-        self._read(numbers.sort(dim=1).values[:, :width], by_depth=True)
+        self._read(numbers.sort(dim=1).values[:, :width], by_column=True)
 
     def read_likeliest(self, open_scores: Tensor) -> None:
         """Read the likeliest open nodes of every row, or those furthest ahead of the wanted label's pace."""
@@ -161,10 +180,10 @@ class _Search:
         _, nodes = ahead.topk(_round_width(ahead))
         self._read(torch.where(open_scores.gather(1, nodes) > _NEVER, nodes, self.trie.size))
 
-    def _read(self, nodes: Tensor, by_depth: bool = False) -> None:
+    def _read(self, nodes: Tensor, by_column: bool = False) -> None:
         """Append nodes [B, T] (N: none) to the cache and score their children.
 
-        by_depth: nodes may be children of one another, those of a column all of one depth.
+        by_column: whether a node's parent may be among those in the columns before it.
         """
         trie = self.trie
         real = nodes < trie.size
@@ -174,7 +193,7 @@ class _Search:
         visible = torch.cat([prompt, trie.ancestors[nodes[:, :, None], self.slots[:, None]]], dim=2)
         positions = torch.where(real, self.prompt_length[:, None] + trie.depth[known] - 1, PADDING)
         logits = self.context.extend(trie.tokens[known], positions, visible)
-        columns = 1 if by_depth else nodes.shape[1]
+        columns = 1 if by_column else nodes.shape[1]
         for part, some, there in zip(*(x.split(columns, dim=1) for x in (logits, nodes, real)), strict=True):
             places = there.flatten().nonzero().squeeze(1)
             self._score_children(part.flatten(0, 1), places, there.nonzero()[:, 0], some[there])
@@ -189,13 +208,13 @@ class _Search:
         self.scores[rows[source], child] = scores
         self.closed[rows, nodes] = True
 
-    def results(self, which: Tensor) -> Iterator[tuple[int, Choice]]:
-        """The choices of the rows marked in which [B]."""
+    def results(self, which: Tensor) -> Iterator[tuple[int, int, Choice]]:
+        """The rows marked in which [B], the most likely label found for each, and its choice."""
         best, labels = self.scores[which][:, self.trie.ends].max(dim=1)
         beaten = self._beaten()[which]
         found = zip(*(values.tolist() for values in (self.rows[which], labels, best, beaten)), strict=True)
         for row, label, score, other in found:
-            yield row, Choice(None if other else label, score)
+            yield row, label, Choice(None if other else label, score)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (int64 [n]) only."""

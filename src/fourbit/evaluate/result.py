@@ -42,7 +42,8 @@ class RowScore:
     source        "file:line"
     scores        by metric, from 0 to 1
     cut           whether the answer reached the length limit
-    choice        the most likely label; None without labels, or where it is only known not to be the reference
+    choice        the most likely label; None without labels, or where all that is known is that it is not
+                  the reference
     choice_right  whether it is the reference; None without labels
     loss          nats, summed over the reference's tokens; None if not asked for or the row is too long
     tokens        how many of them there are

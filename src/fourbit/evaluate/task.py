@@ -23,7 +23,7 @@ from fourbit.evaluate.generate import Answer, answer_batch, decode, stop_ids
 from fourbit.evaluate.heldout import RowLoss, example_losses, total_loss
 from fourbit.evaluate.intervals import Estimate
 from fourbit.evaluate.labels import answer_ids
-from fourbit.evaluate.likelihood import Choice, choose_batch
+from fourbit.evaluate.likelihood import Choice, LabelSearch
 from fourbit.evaluate.metrics.metric import Metric, metrics_of
 from fourbit.evaluate.result import EvalResult, RowScore, Sample
 from fourbit.evaluate.scores import Accuracy, Confusion, accuracy, confusions, exact_match, may_match
@@ -142,15 +142,13 @@ def _answer(
             return True
         return may_match(decode(tokenizer, ids), references[index], casefold)
 
-    trie = None
+    search = None
     if labels is not None:
         sequences = answer_ids(labels, rows[0], tokenizer, data)
         trie = LabelTrie(sequences, next(model.parameters()).device)
-    wanted = None
-    if labels is not None and not complete:
-        wanted = _wanted(references, labels, shown, casefold)
+        search = LabelSearch(trie, None if complete else _wanted(references, labels, shown, casefold))
     stop = stop_ids(model, tokenizer)
-    answers, chosen = _answer_all(model, prompts, stop, settings, trie, wanted, go_on, progress)
+    answers, chosen = _answer_all(model, prompts, stop, settings, search, go_on, progress)
     scored = [
         _row_score(
             row,
@@ -221,7 +219,7 @@ def _label(choice: Choice, labels: Sequence[str]) -> str | None:
 def _wanted(
     references: Sequence[str], labels: Sequence[str], shown: set[int], casefold: bool
 ) -> list[int | None]:
-    """The label that is each row's reference; None where the most likely one is to be found whatever it is."""
+    """The label that is each row's reference; None where the most likely one is to be found in any case."""
 
     def only(reference: str) -> int | None:
         same = [number for number, label in enumerate(labels) if exact_match(label, reference, casefold)]
@@ -249,14 +247,13 @@ def _answer_all(
     prompts: Sequence[Sequence[int]],
     stop: frozenset[int],
     settings: EvalSettings,
-    trie: LabelTrie | None,
-    wanted: Sequence[int | None] | None,
+    search: LabelSearch | None,
     go_on: Callable[[int, list[int]], bool],
     progress: StageProgress | None,
 ) -> tuple[dict[int, Answer], dict[int, Choice]]:
     answers: dict[int, Answer] = {}
     chosen: dict[int, Choice] = {}
-    parts = 1 if trie is None else 2  # of a row: its answer and its label
+    parts = 1 if search is None else 2  # of a row: its answer and its label
 
     def report() -> None:
         if progress is not None:
@@ -264,10 +261,9 @@ def _answer_all(
 
     with inference(model):
         for indices, context in prefill(model, prompts, settings.batch_size):
-            if trie is not None:
-                asked = [wanted[index] for index in indices] if wanted is not None else None
-                for row, choice in choose_batch(context.fork(), trie, asked):
-                    chosen[indices[row]] = choice
+            if search is not None:
+                for index, choice in search.choose(indices, context.fork()):
+                    chosen[index] = choice
                     report()
             for index, answer in answer_batch(context, indices, stop, settings.max_new_tokens, go_on=go_on):
                 answers[index] = answer
