@@ -58,9 +58,8 @@ def test_whether_the_wanted_label_is_the_most_likely(kind: str, batch_size: int)
     model, labels, prompts = build(kind, 5), [*random_labels(30, 5), [END]], random_prompts(14, 12, 5)
     scores = [brute_force(model, prompt, labels) for prompt in prompts]
     best = [max(range(len(labels)), key=values.__getitem__) for values in scores]
-    wanted = [
-        [label, (label + 1) % len(labels), None, len(labels) - 1][i % 4] for i, label in enumerate(best)
-    ]
+    short = len(labels) - 1
+    wanted = [[label, (label + 1) % short, None, short][i % 4] for i, label in enumerate(best)]
     choices = most_likely(model, prompts, labels, wanted=wanted, batch_size=batch_size)
     for choice, asked, true, values in zip(choices, wanted, best, scores, strict=True):
         if asked in (None, true):
@@ -70,7 +69,7 @@ def test_whether_the_wanted_label_is_the_most_likely(kind: str, batch_size: int)
             assert choice.label is None
             assert choice.log_prob > values[asked]
             assert min(abs(choice.log_prob - value) for value in values) < 1e-4
-    assert sum(choice.label is None for choice in choices) >= 5
+    assert sum(choice.label is None for choice in choices) >= 4
 
 
 def count_read(

@@ -60,7 +60,7 @@ def test_wrong_answers(learned: LlamaForCausalLM, rows: list[Row], complete: boo
 def test_the_same_accuracies_without_the_rest_of_the_search(
     learned: LlamaForCausalLM, rows: list[Row]
 ) -> None:
-    """A wrong row's likeliest label stays unknown, but for samples; a reference that is no label is searched."""
+    """A wrong row's likeliest label stays unknown, but for samples and references that are no labels."""
     wrong = changed(changed(rows, 1, "black"), 2, "red") * 2
     labels = sorted(COLORS.values())
     arguments = (learned, byte_tokenizer(), wrong, DATA, SETTINGS)
