@@ -91,6 +91,11 @@ class ModelSettings(_Settings):
         description="dtype of matrix products; auto measures which of bfloat16 and float32 is faster",
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
+    weights: Literal["device", "disk"] = Field(
+        default="device",
+        description="where packed weights stay: device; or disk, in the file of a 4-bit checkpoint, of "
+        "which one layer at a time is in memory (CPU); changes memory and speed only",
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
     @model_validator(mode="after")
@@ -315,5 +320,9 @@ class RunConfig(_Settings):
         if self.lora is None and self.model.quant_type != "none":
             raise ValueError(
                 "lora: none trains the base itself, which 4-bit weights cannot: set model.quant_type to none"
+            )
+        if self.model.weights == "disk" and not self.train.activation_checkpointing:
+            raise ValueError(
+                "model.weights: disk holds one layer at a time, which needs train.activation_checkpointing"
             )
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fourbit.errors import MemoryBudgetError
@@ -19,23 +19,35 @@ _SMALL_CHUNK = 1.02
 _PAGING = 1.03
 #: What fresh memory for every block costs a small model (docs/log.md).
 _COMPACTING = 1.35
+#: What reading weights from the disk for every micro-batch costs.
+_READING = 1.5
 
 
 def alternatives(
-    effective_batch: int, loss_chunk: int, tokens: int, on_cpu: bool, optimizer_memory: int | None = None
+    effective_batch: int,
+    loss_chunk: int,
+    tokens: int,
+    on_cpu: bool,
+    optimizer_memory: int | None = None,
+    tiers: Sequence[str] = ("device",),
 ) -> list[Choice]:
-    """All choices, those expected to be faster first."""
+    """All choices, those expected to be faster first.
+
+    tiers: where the packed weights may be. Those on the disk need activation checkpointing.
+    """
     sizes = [1 << power for power in range(effective_batch.bit_length())]
     rows = sorted({*(size for size in sizes if size <= effective_batch), effective_batch})
     chunks = sorted({loss_chunk, max(1, loss_chunk // 4)})
     heaps = (False, True) if on_cpu else (False,)
     found = [
-        Choice(n, recompute, chunk, compact, paged)
+        Choice(n, recompute, chunk, compact, paged, tier)
         for n in rows
         for recompute in (False, True)
         for chunk in chunks
         for compact in heaps
         for paged in dict.fromkeys((optimizer_memory, 0))
+        for tier in tiers
+        if recompute or tier == "device"
     ]
 
     def cost(choice: Choice) -> float:
@@ -43,6 +55,7 @@ def alternatives(
         time *= _RECOMPUTING if choice.activation_checkpointing else 1
         time *= _SMALL_CHUNK if choice.loss_chunk < loss_chunk else 1
         time *= _PAGING if choice.optimizer_memory == 0 else 1
+        time *= _READING if choice.weights == "disk" else 1
         return time * (_COMPACTING if choice.compact_heap else 1)
 
     return sorted(found, key=cost)

@@ -79,6 +79,12 @@ def open_base(
     return base
 
 
+def is_packed(path: str | os.PathLike[str], revision: str | None = None) -> bool:
+    """Whether this is a 4-bit checkpoint. Raises ModelError for what is no model."""
+    place = locate(os.fspath(path), revision)
+    return bnb.is_bnb_4bit(getattr(read_config(place, place.is_file(), False), "quantization_config", None))
+
+
 def check_readable(path: str, stored: dict[str, Any] | None) -> None:
     """Raise ModelError for weights quantized by another method than bitsandbytes 4-bit."""
     if stored is not None and not bnb.is_bnb_4bit(stored):

@@ -15,7 +15,9 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from fourbit.errors import ModelError
+from fourbit.errors import ConfigError, ModelError
+from fourbit.memory.mapped import MappedFile
+from fourbit.memory.stream import stream_weights
 from fourbit.model import tokenizer as tokenizers
 from fourbit.model.base import (
     canonical_name,
@@ -34,7 +36,15 @@ from fourbit.model.formats import bnb, gguf, hf
 from fourbit.model.formats.lazy import LazyTensor, OriginalTensor
 from fourbit.model.quantizer import FourBitConfig, linear_names
 from fourbit.model.sizes import check_total
+from fourbit.nn.decoder import layer_list
 from fourbit.nn.linear import Linear4bit
+from fourbit.nn.loss import split_model
+
+_DISK = (
+    "{path}: weights can stay on the disk only on a CPU, and only those of a 4-bit checkpoint, whose bytes "
+    "are used where they lie; make one with `fourbit quantize {path} --output FOLDER`, "
+    "or set model.weights to device"
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ def load(
     block_size: int = 64,
     compute_dtype: str = "auto",
     device: str = "auto",
+    weights: str = "device",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -83,6 +94,9 @@ def load(
     path           a folder with safetensors, a hub name, a bitsandbytes 4-bit checkpoint, or a .gguf file
     quant_type     "nf4", "fp4", "int4", or "none" for the 16-bit model; a 4-bit checkpoint keeps its own
     compute_dtype  "auto", "bfloat16", "float32", "float16": dtype of products and of what stays unquantized
+
+    weights        "device", or "disk": the packed weights of a 4-bit checkpoint stay in its file, of which
+                   one layer is in memory at a time (CPU; training needs activation checkpointing)
 
     Weights are read one at a time: the peak is what stays plus one tensor in its stored precision.
     The model is in evaluation mode, frozen, and carries a LoadReport as `fourbit_report`.
@@ -96,8 +110,11 @@ def load(
     tokenizer = _read_tokenizer(source, trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
+    mapped: list[MappedFile] | None = [] if weights == "disk" else None
+    if mapped is not None and (stored is None or target.type != "cpu"):
+        raise ConfigError(_DISK.format(path=os.fspath(path)))
     tensors, settings = _open(
-        source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code
+        source, config, is_gguf, quant_type, double_quant, block_size, trust_remote_code, mapped
     )
     if settings is not None:
         settings.compute_dtype = compute.dtype
@@ -109,6 +126,10 @@ def load(
     model.requires_grad_(False)
     report = _report(os.fspath(path), model, settings, compute.reason)
     model.fourbit_report = report  # type: ignore[assignment]  # modules take any attribute
+    if mapped:
+        decoder, _ = split_model(model)
+        owner, name = layer_list(decoder, model.config.get_text_config().num_hidden_layers)
+        stream_weights(model, list(getattr(owner, name)), mapped)
     return model, tokenizer
 
 
@@ -142,11 +163,12 @@ def _open(
     double_quant: bool,
     block_size: int,
     trust_remote_code: bool,
+    mapped: list[MappedFile] | None,
 ) -> tuple[dict[str, Any], FourBitConfig | None]:
     """The unread tensors, and how to hold them (None: as they are)."""
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
-        packed = hf.open_folder(source)
+        packed = hf.open_folder(source, mapped)
         tensors, scheme = bnb.convert_names(packed, str(source))
         del config.quantization_config
         skeleton = make_skeleton(source, config, trust_remote_code)

@@ -44,6 +44,11 @@ class Budget:
         if allowed is not None and allowed < 2 * self._planner.loaded_bytes:
             self._planner.choose(allowed)
 
+    def loading(self, config: RunConfig) -> RunConfig:
+        """The settings to load with: weights that may stay on the disk do, until the plan says where."""
+        tiers = self._planner.tiers if self._memory is not None else (config.model.weights,)
+        return config if "disk" not in tiers else _with_weights(config, "disk")
+
     def plan(self, train: Sequence[Example], heldout: Sequence[Example], words: int) -> Plan:
         """The plan of the run on these rows; under a budget the fastest that fits.
 
@@ -95,7 +100,12 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
         "compact_heap": choice.compact_heap,
         "optimizer_memory": choice.optimizer_memory,
     }
-    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    changed = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    return _with_weights(changed, choice.weights)
+
+
+def _with_weights(config: RunConfig, tier: str) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": tier})})
 
 
 def prediction(plan: Plan | None) -> dict[str, Any]:

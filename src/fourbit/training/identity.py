@@ -4,7 +4,8 @@ A checkpoint records the settings and the identity of its run: hashes of the bas
 device, threads, instruction set, versions. `--resume` compares them with what it finds. The rule: a setting
 may change where a run under the new settings would have come through this very checkpoint. So these may:
 
-- what writes more or less: tensorboard, keep_checkpoints; and compact_heap
+- what writes more or less: tensorboard, keep_checkpoints; and where things lie: model.weights,
+  optimizer_memory, compact_heap
 - paths, and every setting of the data, while base and rows are the same by content
 - epochs, max_steps, warmup_ratio, schedule, learning_rate, while no finished step's learning rate changes
   and the end is not before the checkpoint (so more steps under a constant schedule without warmup)
@@ -30,12 +31,19 @@ from fourbit.data.render import Example
 from fourbit.diagnose.machine import check_cores
 from fourbit.exporting.provenance import versions
 from fourbit.kernels import native
+from fourbit.memory.stream import stream_of
 from fourbit.training.checkpoint import State
 from fourbit.training.schedule import learning_rate
 
 _LIBRARIES = ("fourbit", "torch", "transformers", "peft")
 _SECTIONS = ("model", "lora", "data", "train")
-_MAY_CHANGE = ("train.tensorboard", "train.keep_checkpoints", "train.compact_heap", "train.optimizer_memory")
+_MAY_CHANGE = (
+    "model.weights",
+    "train.tensorboard",
+    "train.keep_checkpoints",
+    "train.compact_heap",
+    "train.optimizer_memory",
+)
 _BASE = ("model.path", "model.revision", "model.quant_type", "model.block_size", "model.double_quant")
 #: What is compared by content or as resolved, and how the names of the settings begin that choose it.
 _CHOSEN_BY: dict[str, tuple[str, ...]] = {
@@ -144,13 +152,15 @@ def weights_hash(model: nn.Module) -> str:
 
     Of what is in memory: the same for a base read from another folder or format, if its bytes are.
     """
-    frozen = isinstance(model, PeftModel)
+    frozen, stream = isinstance(model, PeftModel), stream_of(model)
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if frozen and tensor.requires_grad:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
+        if stream is not None:
+            stream.release([tensor])
     return digest.hexdigest()
 
 

@@ -28,6 +28,7 @@ from fourbit.memory.choose import alternatives, choose
 from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
 from fourbit.memory.weights import Weights, count_weights
+from fourbit.model.base import is_packed
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.optim.adamw import state_bytes
 from fourbit.shapes import rounded_size
@@ -128,6 +129,7 @@ class Planner:
             }
         )
         self._vocabulary = int(base.config.get_text_config().vocab_size)
+        self._can_map = target.on_cpu and is_packed(config.model.path, config.model.revision)
         fused = config.train.fused and target.on_cpu and native.available()
         self._rehearsal = Rehearsal(skeleton, fused)
 
@@ -145,7 +147,14 @@ class Planner:
             train.loss_chunk,
             train.compact_heap,
             train.optimizer_memory,
+            self._config.model.weights,
         )
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Where the packed weights may be."""
+        asked = self._config.model.weights
+        return ("device", "disk") if asked == "device" and self._can_map else (asked,)
 
     def choose(self, budget: int) -> Plan:
         """The fastest plan within a budget in bytes. Raises MemoryBudgetError."""
@@ -156,6 +165,7 @@ class Planner:
             self._padded(1)[1],
             self._target.on_cpu,
             train.optimizer_memory,
+            self.tiers,
         )
         weights, bits = self.weights.trained // 4, self._bits
         if (
@@ -192,8 +202,7 @@ class Planner:
         dtype = str(target.dtype).removeprefix("torch.")
         adapter = self._config.lora is not None
         parts = [
-            Part("packed weights", weights.codes, self._config.model.quant_type),
-            Part("scales", weights.scales),
+            *self._packed(choice),
             Part(f"weights in {dtype}", weights.rest, "embeddings, head, norms"),
             Part("adapters" if adapter else "trained weights", weights.trained, "fp32"),
             Part("gradients", weights.trained, "fp32"),
@@ -211,6 +220,17 @@ class Planner:
             parts.insert(0, Part("runtime", CUDA_CONTEXT, "CUDA context and kernels, about"))
             parts.append(Part("cuBLAS workspace", _CUBLAS))
         return tuple(part for part in parts if part.size)
+
+    def _packed(self, choice: Choice) -> list[Part]:
+        weights = self.weights
+        if choice.weights == "device":
+            return [
+                Part("packed weights", weights.codes, self._config.model.quant_type),
+                Part("scales", weights.scales),
+            ]
+        every, depth = weights.codes + weights.scales, self._rehearsal.depth
+        detail = f"one layer of {depth}; {every / 1e6:,.0f} MB on the disk"
+        return [Part("packed weights", -(-every // depth), detail, tier="disk")]
 
     @property
     def _bits(self) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from fourbit.config import DataSettings, RunConfig
 from fourbit.data.read import located
 from fourbit.exporting import provenance
+from fourbit.memory.stream import stream_of
 from fourbit.nn.linear import Linear4bit
 
 _EFFECT = ("stopped", "steps", "tokens", "best_step", "heldout_loss")
@@ -29,6 +30,7 @@ def held_as(model: nn.Module) -> dict[str, Any]:
         "quant_type": packed.quant_type,
         "block_size": packed.block_size,
         "double_quant": packed.double_quant,
+        "weights": "device" if stream_of(model) is None else "disk",
     }
 
 

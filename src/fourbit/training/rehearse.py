@@ -20,6 +20,7 @@ from fourbit.errors import ModelError
 from fourbit.memory.tracker import PeakTracker, fake_tensors
 from fourbit.model.adapters import key_source
 from fourbit.nn.attention import use_tiled_attention
+from fourbit.nn.decoder import layer_list
 from fourbit.nn.fused import fuse
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import head_loss, split_model
@@ -55,7 +56,7 @@ class Rehearsal:
         self._hidden = int(self._base.config.get_text_config().hidden_size)
         self._vocabulary = int(self._base.config.get_text_config().vocab_size)
         self.depth = int(self._base.config.get_text_config().num_hidden_layers)
-        self._owner, self._name = _layer_list(decoder, self.depth)
+        self._owner, self._name = layer_list(decoder, self.depth)
         self._list = list(getattr(self._owner, self._name))[:_MORE]
         for layer in model.modules():  # what fake tensors would otherwise leave in the cache
             if isinstance(layer, Linear4bit):
@@ -159,14 +160,6 @@ def _line(first: Needs, second: Needs, further: int) -> Needs:
         second.kept + further * (second.kept - first.kept),
         second.highest + further * (second.highest - first.highest),
     )
-
-
-def _layer_list(decoder: nn.Module, layers: int) -> tuple[nn.Module, str]:
-    for module in decoder.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == layers:
-                return module, name
-    raise ModelError(f"{type(decoder).__name__}: no list of {layers} decoder layers to plan memory from")
 
 
 @contextmanager

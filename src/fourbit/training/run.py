@@ -32,6 +32,7 @@ from fourbit.kernels import native
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
+from fourbit.memory.stream import hold_weights, stream_of
 from fourbit.model.adapters import add_lora, parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
@@ -119,7 +120,7 @@ def run(
     if resume:
         config = with_measured_dtype(folder, config)
     budget = open_budget(config, memory, console) if predict or memory is not None else None
-    model, tokenizer = prepare_model(config, console)
+    model, tokenizer = prepare_model(budget.loading(config) if budget is not None else config, console)
     return fit(model, tokenizer, config, console, resume, overwrite, budget)
 
 
@@ -167,6 +168,7 @@ def prepare_model(
         # Full fine-tuning keeps fp32 master weights and computes under autocast.
         compute_dtype="float32" if full else settings.compute_dtype,
         device=settings.device,
+        weights=settings.weights,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -242,6 +244,8 @@ def _fit_locked(
         with console.status("planning memory"):
             plan = budget.plan(examples, heldout, len(tokenizer))
         config = with_choice(config, plan.choice)
+        if config.model.weights == "device":
+            hold_weights(model)
         console.print(
             f"memory: {size_text(plan.peak)} predicted, {plan.choice.text()}", highlight=False, soft_wrap=True
         )
@@ -349,6 +353,19 @@ def _summary(model: PreTrainedModel | PeftModel, work: Work, outcome: Outcome) -
         "peak_bytes": peak_bytes(work.device),
         "trainable_parameters": trainable,
         "parameters": total,
+        **_streamed(model),
+    }
+
+
+def _streamed(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """What weights on the disk cost; nothing where all are in memory."""
+    stream = stream_of(model)
+    if stream is None:
+        return {}
+    return {
+        "weights_read_bytes": stream.bytes_read,
+        "weights_reading_seconds": round(stream.reading, 1),
+        "weights_waiting_seconds": round(stream.waiting, 1),
     }
 
 

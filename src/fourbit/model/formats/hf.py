@@ -5,6 +5,7 @@ Pickled weights (`pytorch_model.bin`) are never loaded: unpickling runs code.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fourbit.errors import ModelError
 from fourbit.limits import parse_json
+from fourbit.memory.mapped import MappedFile
 from fourbit.model.formats.lazy import LazyTensor
 
 _DTYPES = {
@@ -22,15 +24,20 @@ _DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
+#: Bytes up to which a tensor is copied: a mapping holds up to half a megabyte of pages beside it.
+_SMALL = 1 << 20
 
-def open_folder(folder: Path) -> dict[str, LazyTensor]:
+
+def open_folder(folder: Path, mapped: list[MappedFile] | None = None) -> dict[str, LazyTensor]:
     """Every tensor of a checkpoint folder by name, unread.
+
+    mapped  bytes (uint8, as 4-bit codes are) are not read but mapped, and the files that hold them added here
 
     Raises ModelError naming the file that is missing, truncated, or pickled.
     """
     tensors: dict[str, LazyTensor] = {}
     for file in _weight_files(folder):
-        tensors.update(_open_file(file))
+        tensors.update(_open_file(file, mapped))
     return tensors
 
 
@@ -60,7 +67,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _open_file(file: Path) -> dict[str, LazyTensor]:
+def _open_file(file: Path, mapped: list[MappedFile] | None) -> dict[str, LazyTensor]:
     try:
         handle = safe_open(str(file), framework="pt")
     except FileNotFoundError:
@@ -73,20 +80,42 @@ def _open_file(file: Path) -> dict[str, LazyTensor]:
             # Opened anew: the pages that a read maps stay resident as long as its handle or its tensor.
             try:
                 with safe_open(str(file), framework="pt") as own:
-                    return own.get_tensor(name)
+                    tensor = own.get_tensor(name)
+                    return tensor.clone() if tensor.nbytes <= _SMALL else tensor
             except (SafetensorError, OSError, ValueError) as error:
                 raise _damaged(file, error) from None
 
         return read
 
+    in_place = _mapped_bytes(file, mapped) if mapped is not None else {}
     tensors = {}
     for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
         entry = handle.get_slice(name)
         stored = entry.get_dtype()
         if stored not in _DTYPES:
             raise ModelError(f"{file}: tensor '{name}' has dtype {stored}, which cannot be read")
-        tensors[name] = LazyTensor(reader(name), _DTYPES[stored], tuple(entry.get_shape()))
+        tensors[name] = LazyTensor(
+            in_place.get(name) or reader(name), _DTYPES[stored], tuple(entry.get_shape())
+        )
     return tensors
+
+
+def _mapped_bytes(file: Path, mapped: list[MappedFile]) -> dict[str, Callable[[], Tensor]]:
+    """How to have each tensor of bytes where it lies in the file, flat; safetensors has checked the file."""
+    whole = MappedFile(file)
+    mapped.append(whole)
+    (length,) = struct.unpack("<Q", bytes(whole.tensor(0, 8).tolist()))
+    start = 8 + length
+    header = parse_json(bytes(whole.tensor(8, start).numpy()))
+
+    def taker(begin: int, end: int) -> Callable[[], Tensor]:
+        return lambda: whole.tensor(begin, end)
+
+    return {
+        name: taker(*(start + offset for offset in entry["data_offsets"]))
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] == "U8"
+    }
 
 
 def _damaged(file: Path, error: Exception) -> ModelError:

@@ -1,0 +1,104 @@
+"""Training from a checkpoint that stays on the disk, as `fourbit train` does it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import fourbit
+from fourbit.config import RunConfig
+from fourbit.config_file import resolve
+from fourbit.errors import MemoryBudgetError
+from fourbit.memory.plan import Choice
+from fourbit.training.planner import Planner, Rows, Target
+from fourbit.training.run import run
+from tests.tiny import byte_tokenizer, llama
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    llama(layers=6, hidden=256).to(torch.bfloat16).save_pretrained(str(folder / "plain"))
+    byte_tokenizer().save_pretrained(str(folder / "plain"))
+    fourbit.save_quantized(*fourbit.load(folder / "plain", compute_dtype="float32"), folder / "packed")
+    return folder / "packed"
+
+
+def settings(packed: Path, folder: Path, output: str, weights: str = "device", **train: Any) -> RunConfig:
+    data = folder / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"say {n}", "completion": str(n)}) + "\n" for n in range(40)),
+        encoding="utf-8",
+    )
+    tree = {
+        "model": {"path": str(packed), "compute_dtype": "float32", "device": "cpu", "weights": weights},
+        "lora": {"r": 4},
+        "data": {"train": str(data), "heldout_fraction": 0.2, "max_length": 64},
+        "train": {"effective_batch": 4, "micro_batch": 2, "max_steps": 4, "eval_every": 2, **train},
+        "output": str(folder / output),
+    }
+    return resolve(tree)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_same_run(packed: Path, tmp_path: Path) -> None:
+    """Bytes of adapters and metrics do not depend on where the weights are, nor do those of a resumed run."""
+    console = Console(file=io.StringIO())
+    run(settings(packed, tmp_path, "held"), console)
+    found = run(settings(packed, tmp_path, "mapped", "disk"), console)
+    held, mapped = adapter(tmp_path / "held"), adapter(tmp_path / "mapped")
+    assert held.keys() == mapped.keys()
+    assert all(torch.equal(held[name], mapped[name]) for name in held)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("held", "mapped")]
+    assert metrics[0] == metrics[1]
+    assert found.metrics["weights_read_bytes"] > 0
+    assert found.metrics["weights_waiting_seconds"] >= 0
+    more = settings(packed, tmp_path, "mapped", max_steps=6)
+    run(more, console, resume=True)
+    run(settings(packed, tmp_path, "whole", max_steps=6), console)
+    resumed, whole = adapter(tmp_path / "mapped"), adapter(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_budget_puts_them_there(packed: Path, tmp_path: Path) -> None:
+    config = settings(packed, tmp_path, "run", micro_batch=1)
+    planner = Planner(
+        config, Target("CPU", True, torch.float32, None), Rows(longest=64, count=32), runtime=10**8
+    )
+    on_disk = planner.plan(Choice(1, True, 24, True, 0, "disk"))
+    held = planner.plan(Choice(1, True, 24, True, 0, "device"))
+    part = next(part for part in on_disk.held if part.name == "packed weights")
+    whole = planner.weights.codes + planner.weights.scales
+    assert (part.tier, part.size) == ("disk", -(-whole // 6))
+    assert held.peak - on_disk.peak == whole - part.size
+    least = planner.plan(Choice(1, True, 6, True, 0, "disk")).peak
+    chosen = planner.choose(least).choice
+    assert chosen.weights == "disk"
+    assert "weights on disk" in chosen.text()
+    assert planner.choose(2 * held.peak).choice.weights == "device"
+    with pytest.raises(MemoryBudgetError, match="weights on disk"):
+        planner.choose(least - 1)
+
+
+@pytest.mark.parametrize(("room", "where"), [(False, "disk"), (True, "device")])
+def test_a_run_under_a_budget(packed: Path, tmp_path: Path, room: bool, where: str, monkeypatch: Any) -> None:
+    """Loaded from the disk, and held where the plan finds room for all."""
+    monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda dtype: 10**8)
+    config = settings(packed, tmp_path, "run", max_steps=1)
+    if not room:
+        monkeypatch.setattr(Planner, "tiers", property(lambda self: ("disk",)))
+    out = io.StringIO()
+    found = run(config, Console(file=out, width=200), memory=4 * 10**9)
+    assert ("weights_read_bytes" in found.metrics) == (where == "disk")
+    assert ("weights on disk" in out.getvalue()) == (where == "disk")
+    assert found.metrics["plan"]["choice"]["weights"] == where
