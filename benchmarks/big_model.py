@@ -260,7 +260,8 @@ def table(shape: str, result: dict[str, Any]) -> str:
         [
             f"{shape}, 1 x {TOKENS} tokens, r = 16, all linear layers",
             f"limit      {result['limit'] / 1e9:.2f} GB, {enforced}",
-            f"peak       {result['measured'] / 1e9:.2f} GB resident, {result['predicted'] / 1e9:.2f} GB predicted",
+            f"peak       {result['measured'] / 1e9:.2f} GB resident, "
+            f"predicted {result['predicted'] / 1e9:.2f} GB",
             f"steps      {', '.join(f'{value:.1f} s' for value in seconds)}",
             f"read       {result['read_bytes'] / 1e9:.1f} GB in {result['reading_seconds']:.1f} s, of which "
             f"computing waited {result['waiting_seconds']:.1f} s",

@@ -91,7 +91,7 @@ class ModelSettings(_Settings):
         description="dtype of matrix products; auto measures which of bfloat16 and float32 is faster",
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
-    weights: Literal["device", "disk"] = Field(
+    weight_tier: Literal["device", "disk"] = Field(
         default="device",
         description="where packed weights stay: device; or disk, in the file of a 4-bit checkpoint, of "
         "which one layer at a time is in memory (CPU); changes memory and speed only",
@@ -240,9 +240,10 @@ class TrainSettings(_Settings):
         ge=1,
         description="MiB of logits formed at once in the loss; changes memory and speed only",
     )
-    compact_heap: bool = Field(
-        default=False,
-        description="give freed memory back to the system at once: on a CPU less memory, and slower",
+    compact_heap: bool | None = Field(
+        default=None,
+        description="give freed memory back to the system at once: on a CPU less memory, and slower on small "
+        "models; null: on those of hidden size 2,048 or more, whose products outweigh it",
     )
     group_by_length: bool = Field(default=True, description="batches of similar length, less padding (QLoRA)")
     eval_every: int = Field(
@@ -321,8 +322,8 @@ class RunConfig(_Settings):
             raise ValueError(
                 "lora: none trains the base itself, which 4-bit weights cannot: set model.quant_type to none"
             )
-        if self.model.weights == "disk" and not self.train.activation_checkpointing:
+        if self.model.weight_tier == "disk" and not self.train.activation_checkpointing:
             raise ValueError(
-                "model.weights: disk holds one layer at a time, which needs train.activation_checkpointing"
+                "model.weight_tier: disk holds one layer at a time and needs train.activation_checkpointing"
             )
         return self

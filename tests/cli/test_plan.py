@@ -76,7 +76,8 @@ def test_training_follows_the_plan(fourbit: Fourbit, here: Path, monkeypatch: py
     assert not (here / "run").exists()
     code, _, _ = fourbit(*TRAIN, "--memory", "600MB")
     assert code == 0
-    settings = yaml.safe_load((here / "run" / "config.yaml").read_text())["train"]
+    settings = yaml.safe_load((here / "run" / "config.yaml").read_text())
+    settings = {**settings["model"], **settings["train"]}
     chosen = json.loads((here / "run" / "summary.json").read_text())["plan"]["choice"]
     assert chosen == {key: settings[key] for key in chosen}
     assert chosen["micro_batch"] == 4

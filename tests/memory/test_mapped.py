@@ -32,7 +32,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(path: Path) -> Any:
-    model, _ = fourbit.load(path, compute_dtype="float32", weights="disk")
+    model, _ = fourbit.load(path, compute_dtype="float32", weight_tier="disk")
     return model
 
 

@@ -132,7 +132,7 @@ def test_the_first_choice_that_fits_is_taken_and_the_rest_explained():
         parts = (Part("activations", size),)
         return Plan("m", "CPU", 1, 1, 8, 8, choice, (Part("runtime", 50),), (Phase("a step", parts),))
 
-    choices = alternatives(8, 24, tokens=512, on_cpu=False)
+    choices = alternatives(8, 24, tokens=512)
     assert choices[0] == Choice(8, False, 24)
     assert len(choices) == len(set(choices)) == 4 * 2 * 2 * 2
     plan = choose(plan_for, choices, 900)
@@ -145,6 +145,20 @@ def test_the_first_choice_that_fits_is_taken_and_the_rest_explained():
     assert choose(plan_for, choices, 160).choice.activation_checkpointing
     with pytest.raises(MemoryBudgetError, match=r"the least that works here is 0 MB \(micro_batch 1"):
         choose(plan_for, choices, 149)
+
+
+def test_wide_models_compact_the_heap_unless_told_otherwise(tmp_path):
+    """Of blocks of 11 MB, a LLaMA-7B shape left 2 GB of holes in the heap."""
+    data = {"train": "rows.jsonl"}
+    wide, small = str(SHAPES / "llama-7b"), str(save_llama(tmp_path))
+    asked = [(wide, None, True), (wide, False, False), (small, None, False), (small, True, True)]
+    for path, setting, expected in asked:
+        config = resolve({"model": {"path": path}, "data": data, "train": {"compact_heap": setting}})
+        plans = Planner(config, CPU, Rows(256), runtime=0)
+        assert plans.asked.compact_heap == expected
+        assert plans.choose(10**12).choice.compact_heap == expected
+        card = Planner(config, replace(CPU, name="card", on_cpu=False), Rows(256))
+        assert not card.asked.compact_heap
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,14 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
-def settings(packed: Path, folder: Path, output: str, weights: str = "device", **train: Any) -> RunConfig:
+def settings(packed: Path, folder: Path, output: str, tier: str = "device", **train: Any) -> RunConfig:
     data = folder / "rows.jsonl"
     data.write_text(
         "".join(json.dumps({"prompt": f"say {n}", "completion": str(n)}) + "\n" for n in range(40)),
         encoding="utf-8",
     )
     tree = {
-        "model": {"path": str(packed), "compute_dtype": "float32", "device": "cpu", "weights": weights},
+        "model": {"path": str(packed), "compute_dtype": "float32", "device": "cpu", "weight_tier": tier},
         "lora": {"r": 4},
         "data": {"train": str(data), "heldout_fraction": 0.2, "max_length": 64},
         "train": {"effective_batch": 4, "micro_batch": 2, "max_steps": 4, "eval_every": 2, **train},
@@ -83,9 +83,9 @@ def test_a_budget_puts_them_there(packed: Path, tmp_path: Path) -> None:
     assert held.peak - on_disk.peak == whole - part.size
     least = planner.plan(Choice(1, True, 6, True, 0, "disk")).peak
     chosen = planner.choose(least).choice
-    assert chosen.weights == "disk"
+    assert chosen.weight_tier == "disk"
     assert "weights on disk" in chosen.text()
-    assert planner.choose(2 * held.peak).choice.weights == "device"
+    assert planner.choose(2 * held.peak).choice.weight_tier == "device"
     with pytest.raises(MemoryBudgetError, match="weights on disk"):
         planner.choose(least - 1)
 
@@ -101,4 +101,4 @@ def test_a_run_under_a_budget(packed: Path, tmp_path: Path, room: bool, where: s
     found = run(config, Console(file=out, width=200), memory=4 * 10**9)
     assert ("weights_read_bytes" in found.metrics) == (where == "disk")
     assert ("weights on disk" in out.getvalue()) == (where == "disk")
-    assert found.metrics["plan"]["choice"]["weights"] == where
+    assert found.metrics["plan"]["choice"]["weight_tier"] == where

@@ -27,18 +27,18 @@ def alternatives(
     effective_batch: int,
     loss_chunk: int,
     tokens: int,
-    on_cpu: bool,
+    heaps: Sequence[bool] = (False,),
     optimizer_memory: int | None = None,
     tiers: Sequence[str] = ("device",),
 ) -> list[Choice]:
     """All choices, those expected to be faster first.
 
-    tiers: where the packed weights may be. Those on the disk need activation checkpointing.
+    heaps  whether the heap may, or must, be compacted
+    tiers  where the packed weights may be; those on the disk need activation checkpointing
     """
     sizes = [1 << power for power in range(effective_batch.bit_length())]
     rows = sorted({*(size for size in sizes if size <= effective_batch), effective_batch})
     chunks = sorted({loss_chunk, max(1, loss_chunk // 4)})
-    heaps = (False, True) if on_cpu else (False,)
     found = [
         Choice(n, recompute, chunk, compact, paged, tier)
         for n in rows
@@ -55,7 +55,7 @@ def alternatives(
         time *= _RECOMPUTING if choice.activation_checkpointing else 1
         time *= _SMALL_CHUNK if choice.loss_chunk < loss_chunk else 1
         time *= _PAGING if choice.optimizer_memory == 0 else 1
-        time *= _READING if choice.weights == "disk" else 1
+        time *= _READING if choice.weight_tier == "disk" else 1
         return time * (_COMPACTING if choice.compact_heap else 1)
 
     return sorted(found, key=cost)

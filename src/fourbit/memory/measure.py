@@ -11,6 +11,8 @@ import torch
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGER_BLOCK = 256 << 10
+#: Hidden size from which fresh memory for each block is little beside the products on it (docs/log.md).
+_WIDE = 2048
 
 
 def peak_resident_bytes() -> int:
@@ -37,6 +39,11 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()
+
+
+def wants_compact_heap(asked: bool | None, hidden_size: int, on_cpu: bool) -> bool:
+    """Whether a run compacts the heap: as asked, or where holes would take most and time least."""
+    return on_cpu and (hidden_size >= _WIDE if asked is None else asked)
 
 
 def compact_heap() -> None:

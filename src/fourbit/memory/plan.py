@@ -49,7 +49,7 @@ class Choice:
     loss_chunk                MiB of logits formed at once
     compact_heap              whether freed memory goes back to the system at once (on a CPU)
     optimizer_memory          MiB of optimizer states that stay beside the weights; None: all
-    weights                   tier of the packed weights: device, or disk
+    weight_tier               of the packed weights: device, or disk
     """
 
     micro_batch: int
@@ -57,13 +57,13 @@ class Choice:
     loss_chunk: int
     compact_heap: bool = False
     optimizer_memory: int | None = None
-    weights: str = "device"
+    weight_tier: str = "device"
 
     def text(self) -> str:
         recomputed = "with" if self.activation_checkpointing else "no"
         heap = ", compact heap" if self.compact_heap else ""
         paged = ", paged optimizer" if self.optimizer_memory is not None else ""
-        weights = ", weights on disk" if self.weights == "disk" else ""
+        weights = ", weights on disk" if self.weight_tier == "disk" else ""
         micro_batch = f"micro_batch {self.micro_batch}, {recomputed} checkpointing"
         return f"{micro_batch}, loss_chunk {self.loss_chunk}{heap}{paged}{weights}"
 

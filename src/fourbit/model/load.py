@@ -43,7 +43,7 @@ from fourbit.nn.loss import split_model
 _DISK = (
     "{path}: weights can stay on the disk only on a CPU, and only those of a 4-bit checkpoint, whose bytes "
     "are used where they lie; make one with `fourbit quantize {path} --output FOLDER`, "
-    "or set model.weights to device"
+    "or set model.weight_tier to device"
 )
 
 
@@ -85,7 +85,7 @@ def load(
     block_size: int = 64,
     compute_dtype: str = "auto",
     device: str = "auto",
-    weights: str = "device",
+    weight_tier: str = "device",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -95,7 +95,7 @@ def load(
     quant_type     "nf4", "fp4", "int4", or "none" for the 16-bit model; a 4-bit checkpoint keeps its own
     compute_dtype  "auto", "bfloat16", "float32", "float16": dtype of products and of what stays unquantized
 
-    weights        "device", or "disk": the packed weights of a 4-bit checkpoint stay in its file, of which
+    weight_tier    "device", or "disk": the packed weights of a 4-bit checkpoint stay in its file, of which
                    one layer is in memory at a time (CPU; training needs activation checkpointing)
 
     Weights are read one at a time: the peak is what stays plus one tensor in its stored precision.
@@ -110,7 +110,7 @@ def load(
     tokenizer = _read_tokenizer(source, trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
-    mapped: list[MappedFile] | None = [] if weights == "disk" else None
+    mapped: list[MappedFile] | None = [] if weight_tier == "disk" else None
     if mapped is not None and (stored is None or target.type != "cpu"):
         raise ConfigError(_DISK.format(path=os.fspath(path)))
     tensors, settings = _open(

@@ -46,7 +46,7 @@ class Budget:
 
     def loading(self, config: RunConfig) -> RunConfig:
         """The settings to load with: weights that may stay on the disk do, until the plan says where."""
-        tiers = self._planner.tiers if self._memory is not None else (config.model.weights,)
+        tiers = self._planner.tiers if self._memory is not None else (config.model.weight_tier,)
         return config if "disk" not in tiers else _with_weights(config, "disk")
 
     def plan(self, train: Sequence[Example], heldout: Sequence[Example], words: int) -> Plan:
@@ -101,11 +101,11 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
         "optimizer_memory": choice.optimizer_memory,
     }
     changed = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-    return _with_weights(changed, choice.weights)
+    return _with_weights(changed, choice.weight_tier)
 
 
 def _with_weights(config: RunConfig, tier: str) -> RunConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": tier})})
+    return config.model_copy(update={"model": config.model.model_copy(update={"weight_tier": tier})})
 
 
 def prediction(plan: Plan | None) -> dict[str, Any]:

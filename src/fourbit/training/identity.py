@@ -4,7 +4,7 @@ A checkpoint records the settings and the identity of its run: hashes of the bas
 device, threads, instruction set, versions. `--resume` compares them with what it finds. The rule: a setting
 may change where a run under the new settings would have come through this very checkpoint. So these may:
 
-- what writes more or less: tensorboard, keep_checkpoints; and where things lie: model.weights,
+- what writes more or less: tensorboard, keep_checkpoints; and where things lie: model.weight_tier,
   optimizer_memory, compact_heap
 - paths, and every setting of the data, while base and rows are the same by content
 - epochs, max_steps, warmup_ratio, schedule, learning_rate, while no finished step's learning rate changes
@@ -38,7 +38,7 @@ from fourbit.training.schedule import learning_rate
 _LIBRARIES = ("fourbit", "torch", "transformers", "peft")
 _SECTIONS = ("model", "lora", "data", "train")
 _MAY_CHANGE = (
-    "model.weights",
+    "model.weight_tier",
     "train.tensorboard",
     "train.keep_checkpoints",
     "train.compact_heap",

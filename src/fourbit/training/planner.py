@@ -25,6 +25,7 @@ from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
 from fourbit.memory.cards import find_card
 from fourbit.memory.choose import alternatives, choose
+from fourbit.memory.measure import wants_compact_heap
 from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
 from fourbit.memory.weights import Weights, count_weights
@@ -129,6 +130,8 @@ class Planner:
             }
         )
         self._vocabulary = int(base.config.get_text_config().vocab_size)
+        hidden_size = int(base.config.get_text_config().hidden_size)
+        self._compacts = wants_compact_heap(config.train.compact_heap, hidden_size, target.on_cpu)
         self._can_map = target.on_cpu and is_packed(config.model.path, config.model.revision)
         fused = config.train.fused and target.on_cpu and native.available()
         self._rehearsal = Rehearsal(skeleton, fused)
@@ -145,15 +148,15 @@ class Planner:
             train.micro_batch,
             train.activation_checkpointing,
             train.loss_chunk,
-            train.compact_heap,
+            self._compacts,
             train.optimizer_memory,
-            self._config.model.weights,
+            self._config.model.weight_tier,
         )
 
     @property
     def tiers(self) -> tuple[str, ...]:
         """Where the packed weights may be."""
-        asked = self._config.model.weights
+        asked = self._config.model.weight_tier
         return ("device", "disk") if asked == "device" and self._can_map else (asked,)
 
     def choose(self, budget: int) -> Plan:
@@ -163,7 +166,7 @@ class Planner:
             train.effective_batch,
             train.loss_chunk,
             self._padded(1)[1],
-            self._target.on_cpu,
+            (True,) if self._compacts else (False, True) if self._target.on_cpu else (False,),
             train.optimizer_memory,
             self.tiers,
         )
@@ -223,7 +226,7 @@ class Planner:
 
     def _packed(self, choice: Choice) -> list[Part]:
         weights = self.weights
-        if choice.weights == "device":
+        if choice.weight_tier == "device":
             return [
                 Part("packed weights", weights.codes, self._config.model.quant_type),
                 Part("scales", weights.scales),

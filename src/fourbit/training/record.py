@@ -30,7 +30,7 @@ def held_as(model: nn.Module) -> dict[str, Any]:
         "quant_type": packed.quant_type,
         "block_size": packed.block_size,
         "double_quant": packed.double_quant,
-        "weights": "device" if stream_of(model) is None else "disk",
+        "weight_tier": "device" if stream_of(model) is None else "disk",
     }
 
 

@@ -29,7 +29,7 @@ from fourbit.data.read import iter_rows
 from fourbit.data.view import report_table
 from fourbit.errors import ConfigError, nearest
 from fourbit.kernels import native
-from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory
+from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory, wants_compact_heap
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
 from fourbit.memory.stream import hold_weights, stream_of
@@ -168,7 +168,7 @@ def prepare_model(
         # Full fine-tuning keeps fp32 master weights and computes under autocast.
         compute_dtype="float32" if full else settings.compute_dtype,
         device=settings.device,
-        weights=settings.weights,
+        weight_tier=settings.weight_tier,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -244,7 +244,7 @@ def _fit_locked(
         with console.status("planning memory"):
             plan = budget.plan(examples, heldout, len(tokenizer))
         config = with_choice(config, plan.choice)
-        if config.model.weights == "device":
+        if config.model.weight_tier == "device":
             hold_weights(model)
         console.print(
             f"memory: {size_text(plan.peak)} predicted, {plan.choice.text()}", highlight=False, soft_wrap=True
@@ -274,7 +274,8 @@ def _fit_locked(
         console.print(fuse(base).line(), highlight=False, soft_wrap=True)
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
-    if config.train.compact_heap:
+    hidden_size = base.config.get_text_config().hidden_size
+    if wants_compact_heap(config.train.compact_heap, hidden_size, work.device.type == "cpu"):
         compact_heap()
     release_free_memory()
     done = 0 if resume_from is None else resume_from.state.progress.step
