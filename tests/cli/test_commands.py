@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fourbit as package
 from fourbit.cli.main import COMMANDS, main
 from fourbit.config_file import load_config
+from fourbit.model.load import load
 from fourbit.training import loop
 from tests.cli.conftest import Fourbit
 
@@ -73,6 +75,10 @@ def test_init_train_eval_quantize(fourbit: Fourbit, here: Path) -> None:
     assert "14 linear layers in nf4" in out
     assert out.splitlines()[-1].startswith("wrote packed: ")
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= files(here / "packed")
+    loaded, written = (dict(load(here / name)[0].named_parameters()) for name in ("model", "packed"))
+    packed = [name for name, parameter in loaded.items() if parameter.dtype == torch.uint8]
+    assert len(packed) == 3 * 14
+    assert all(torch.equal(loaded[name], written[name]) for name in packed)
 
 
 def test_json_is_all_there_is_on_standard_output(fourbit: Fourbit, here: Path) -> None:
@@ -95,7 +101,13 @@ def test_json_is_all_there_is_on_standard_output(fourbit: Fourbit, here: Path) -
     assert (code, result["folder"], result["layers"]) == (0, "packed", 14)
     assert 4.1 < result["bits_per_weight"] < 4.2
     assert result["bytes"] < (here / "packed" / "model.safetensors").stat().st_size
-    assert "14 linear layers in nf4" in error
+    assert 0.05 < result["mean_weight_error"] < 0.12
+    assert error == ""
+    code, _, error = fourbit("quantize", "packed", "again")
+    assert (code, error) == (
+        4,
+        "fourbit quantize: error: packed: is in 4 bits already; train and evaluate take it as it is\n",
+    )
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(fourbit: Fourbit, here: Path) -> None:
@@ -139,7 +151,7 @@ def test_ctrl_c_elsewhere_is_one_line(fourbit: Fourbit, monkeypatch: pytest.Monk
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fourbit.model.load.load", interrupted)
+    monkeypatch.setattr("fourbit.exporting.streamed.stream_model", interrupted)
     assert fourbit("quantize", "model", "packed") == (130, "", "fourbit quantize: interrupted\n")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fourbit.cli.common import console, print_json, stage_progress
 from fourbit.config import BLOCK_SIZES
-from fourbit.errors import ConfigError
+from fourbit.errors import ConfigError, ModelError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,49 +38,48 @@ def run(args: argparse.Namespace) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.overwrite:
         raise ConfigError(f"{output}: exists and is not empty; choose another folder, or --overwrite")
     from fourbit.exporting import provenance
-    from fourbit.model.load import load, load_report
-    from fourbit.model.save import check_savable, save_quantized
+    from fourbit.exporting.bnb import write_bnb
+    from fourbit.exporting.streamed import stream_model
+    from fourbit.model.save import check_savable
 
     check_savable(args.quant_type)
     out = console(args.json)
-    model, tokenizer = load(
-        args.model,
-        quant_type=args.quant_type,
-        block_size=args.block_size,
-        double_quant=not args.no_double_quant,
-        compute_dtype="bfloat16",  # of norms and embeddings: what the checkpoint will hold
-        device="cpu",
-        revision=args.revision,
-    )
-    report = load_report(model)
-    out.print(report.line(), highlight=False, soft_wrap=True)
-    size = save_quantized(model, tokenizer, output)
+    model = stream_model(args.model, dtype=None, revision=args.revision)
+    if model.base.scheme is not None:
+        raise ModelError(f"{args.model}: is in 4 bits already; train and evaluate take it as it is")
     with stage_progress("quantize", out) as progress:
-        place = Path(str(model.name_or_path))
         base = provenance.describe(
-            "base", place, lambda done, total: progress("identify the base", done, total)
+            "base", model.base.path, lambda done, total: progress("identify the base", done, total)
         )
-    settings = {
-        "quant_type": args.quant_type,
-        "block_size": args.block_size,
-        "double_quant": not args.no_double_quant,
-    }
-    effect = {"bytes": size, "bits_per_weight": report.bits_per_weight}
-    step = provenance.make_step("quantize", [base], settings, effect)
-    provenance.write(output, [*provenance.read(place), step])
+        result = write_bnb(
+            model,
+            output,
+            quant_type=args.quant_type,
+            block_size=args.block_size,
+            double_quant=not args.no_double_quant,
+            overwrite=args.overwrite,
+            kind="quantize",
+            sources=[base],
+            progress=progress,
+        )
+    layers = len(result.weight_error)
     if args.json:
         print_json(
             {
                 "folder": str(output),
-                "bytes": size,
-                "bits_per_weight": report.bits_per_weight,
-                "layers": report.converted,
+                "bytes": result.bytes,
+                "bits_per_weight": result.bits_per_weight,
+                "layers": layers,
+                "mean_weight_error": result.mean_error,
             }
         )
     else:
         out.print(
-            f"wrote {output}: {size / 1e6:,.0f} MB; "
+            f"wrote {output}: {layers} linear layers in {args.quant_type} "
+            f"({result.bits_per_weight:.3f} bits per weight, mean relative error {result.mean_error:.2%}), "
+            f"{result.bytes / 1e6:,.0f} MB in all; "
             "transformers loads it with bitsandbytes, fourbit as it is",
             highlight=False,
+            soft_wrap=True,
         )
     return 0

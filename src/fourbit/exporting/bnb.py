@@ -78,12 +78,15 @@ def write_bnb(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     datasets: Sequence[str] = (),
+    kind: str = "export",
+    sources: Sequence[provenance.Source] = (),
     progress: Progress | None = None,
 ) -> Requantized:
     """Quantize the linear layers of a model and write it for bitsandbytes, tensor by tensor.
 
     model  best streamed unrounded (dtype None), so that a weight is rounded once
     dtype  of embeddings, norms and the head
+    kind   of step in the record, and what it took beside what the model was made from
 
     Raises ModelError for a type that bitsandbytes lacks, QuantizationError for weights that are not
     finite, and as `write_hf` does.
@@ -124,7 +127,7 @@ def write_bnb(
             "block_size": block_size,
             "double_quant": double_quant,
         }
-        step = provenance.make_step("export", [], settings, result.effect())
+        step = provenance.make_step(kind, list(sources), settings, result.effect())
         chain = (*model.chain, step)
         provenance.write(partial, chain)
         (partial / "README.md").write_text(
