@@ -127,7 +127,7 @@ def measure(point: Point, folder: Path) -> int:
     from fourbit.training import run
 
     settings = {
-        "model": {"path": str(model_path(point.model, folder)), "compute_dtype": "bfloat16", "device": "cpu"},
+        "model": {"path": str(model_path(point.model, folder)), "device": "cpu"},
         "lora": {"r": point.r},
         "data": {
             "train": str(write_rows(folder / "train.jsonl", 4 * point.rows, point.tokens)),

@@ -96,9 +96,10 @@ def test_generation_goes_round(packed: Path) -> None:
     assert stream._ahead.keys() == {0}  # after the last layer the first one
 
 
-def test_what_is_read_ahead(packed: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["one function", "PEFT's own"])
+def test_what_is_read_ahead(packed: Path, dropout: float) -> None:
     """Up in the forward pass, down while layers are recomputed, and again: no layer is read twice in vain."""
-    model = fourbit.add_lora(load(packed), r=4)
+    model = fourbit.add_lora(load(packed), r=4, dropout=dropout)
     base, stream = model.get_base_model(), stream_of(model)
     assert stream is not None
     checkpoint_activations(base)

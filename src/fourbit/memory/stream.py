@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fourbit.memory.mapped import MappedFile, Span
@@ -81,17 +80,17 @@ class LayerStream:
         if self._current >= 0:
             for span in self._spans[self._current]:
                 span.release()
-        following = self._following(number)
+        following = self._following(number, module.training)
         self._current = number
         for other in [key for key in self._ahead if key != following]:
             self._ahead.pop(other).cancel()
         if following not in self._ahead:
             self._ahead[following] = self._reader.submit(self._read, following)
 
-    def _following(self, number: int) -> int:
+    def _following(self, number: int, training: bool) -> int:
         """The layer that probably comes after this one."""
         count = len(self._spans)
-        if not torch.is_grad_enabled():
+        if not training:  # not by the mode of gradients: an autograd function that calls a layer has them off
             return (number + 1) % count
         # Layers are recomputed downwards from the last one; after the first one begins a new pass upwards.
         down = number == count - 1 or 0 < number < self._current
