@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fourbit
 from fourbit.errors import ConfigError, ModelError
 from fourbit.evaluate.generate import generate
 from fourbit.memory.mapped import MappedFile
 from fourbit.memory.stream import hold_weights, stream_of
+from fourbit.nn.linear import Linear4bit
 from fourbit.training.loop import checkpoint_activations
-from tests.tiny import byte_tokenizer, llama
+from tests.tiny import byte_tokenizer, llama, save_llama
 
 LAYERS = 5
 
@@ -113,9 +115,34 @@ def test_what_is_read_ahead(packed: Path, dropout: float) -> None:
     assert read == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1, 0, 1]
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_all_codes_and_scales_stay_there(tmp_path: Path, double_quant: bool, storage: torch.dtype) -> None:
+    """Scales in fp32 as well, and codes that bitsandbytes stored as another type."""
+    save_llama(tmp_path / "plain")
+    held, tokenizer = fourbit.load(tmp_path / "plain", compute_dtype="float32", double_quant=double_quant)
+    fourbit.save_quantized(held, tokenizer, tmp_path / "packed")  # type: ignore[arg-type]
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    packed = [name for name in tensors if f"{name}.absmax" in tensors]
+    stored = {name: tensors[name].view(-1).view(storage).view(-1, 1) for name in packed}
+    save_file({**{name: tensor.clone() for name, tensor in tensors.items()}, **stored}, file)
+    model = load(tmp_path / "packed")
+    stream = stream_of(model)
+    assert stream is not None
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            assert stream._span(layer.weight) is not None, name
+            assert stream._span(layer.weight_absmax) is not None, name
+    expected = dict(held.named_parameters())
+    assert all(torch.equal(expected[name], p) for name, p in model.named_parameters())
+
+
 def test_only_packed_weights_and_only_with_recomputation(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only those of a 4-bit checkpoint"):
         load(packed.parent / "plain")
+    with pytest.raises(ConfigError, match="weight_tier 'moon': must be device or disk"):
+        fourbit.load(packed, weight_tier="moon")
     with pytest.raises(ConfigError, match="holds one layer at a time"):
         fourbit.train(
             fourbit.add_lora(load(packed), r=4),

@@ -62,7 +62,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default 3)")
     parser.add_argument("--ignore-case", action="store_true", help="upper and lower case are the same")
     parser.add_argument(
-        "--fast", action="store_true", help="break off answers that are already wrong, and leave out the loss"
+        "--fast",
+        action="store_true",
+        help="break off answers, and searches for the likeliest label, that are already wrong; no loss",
     )
     parser.add_argument(
         "--output", metavar="FILE.jsonl", help="also write each row's scores, without its texts"

@@ -42,8 +42,8 @@ from fourbit.nn.loss import split_model
 
 _DISK = (
     "{path}: weights can stay on the disk only on a CPU, and only those of a 4-bit checkpoint, whose bytes "
-    "are used where they lie; make one with `fourbit quantize {path} --output FOLDER`, "
-    "or set model.weight_tier to device"
+    "are used where they lie; make one with `fourbit quantize {path} FOLDER`, or set model.weight_tier to "
+    "device"
 )
 
 
@@ -110,6 +110,8 @@ def load(
     tokenizer = _read_tokenizer(source, trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
+    if weight_tier not in ("device", "disk"):
+        raise ConfigError(f"weight_tier '{weight_tier}': must be device or disk")
     mapped: list[MappedFile] | None = [] if weight_tier == "disk" else None
     if mapped is not None and (stored is None or target.type != "cpu"):
         raise ConfigError(_DISK.format(path=os.fspath(path)))

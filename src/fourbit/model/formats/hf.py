@@ -31,7 +31,7 @@ _SMALL = 1 << 20
 def open_folder(folder: Path, mapped: list[MappedFile] | None = None) -> dict[str, LazyTensor]:
     """Every tensor of a checkpoint folder by name, unread.
 
-    mapped  bytes (uint8, as 4-bit codes are) are not read but mapped, and the files that hold them added here
+    mapped  4-bit codes and their scales are not read but mapped, and the files that hold them added here
 
     Raises ModelError naming the file that is missing, truncated, or pickled.
     """
@@ -87,7 +87,7 @@ def _open_file(file: Path, mapped: list[MappedFile] | None) -> dict[str, LazyTen
 
         return read
 
-    in_place = _mapped_bytes(file, mapped) if mapped is not None else {}
+    in_place = _mapped_tensors(file, mapped) if mapped is not None else {}
     tensors = {}
     for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
         entry = handle.get_slice(name)
@@ -100,22 +100,26 @@ def _open_file(file: Path, mapped: list[MappedFile] | None) -> dict[str, LazyTen
     return tensors
 
 
-def _mapped_bytes(file: Path, mapped: list[MappedFile]) -> dict[str, Callable[[], Tensor]]:
-    """How to have each tensor of bytes where it lies in the file, flat; safetensors has checked the file."""
+def _mapped_tensors(file: Path, mapped: list[MappedFile]) -> dict[str, Callable[[], Tensor]]:
+    """How to have codes and scales where they lie in the file, flat; safetensors has checked the file."""
     whole = MappedFile(file)
     mapped.append(whole)
     (length,) = struct.unpack("<Q", bytes(whole.tensor(0, 8).tolist()))
     start = 8 + length
     header = parse_json(bytes(whole.tensor(8, start).numpy()))
 
-    def taker(begin: int, end: int) -> Callable[[], Tensor]:
-        return lambda: whole.tensor(begin, end)
+    def taker(begin: int, end: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+        return lambda: whole.tensor(begin, end).view(dtype)
 
-    return {
-        name: taker(*(start + offset for offset in entry["data_offsets"]))
-        for name, entry in header.items()
-        if name != "__metadata__" and entry["dtype"] == "U8"
-    }
+    found = {}
+    for name, entry in header.items():
+        if not (name.endswith(".absmax") or f"{name}.absmax" in header):
+            continue
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is not None and begin % dtype.itemsize == 0:
+            found[name] = taker(begin, end, dtype)
+    return found
 
 
 def _damaged(file: Path, error: Exception) -> ModelError:
