@@ -1,6 +1,6 @@
 """What `fourbit plan` says of well-known shapes: the paper's runs, and what fits on which card.
 
-    python benchmarks/plans.py            the tables of docs/memory.md; arithmetic, nothing is trained
+    python benchmarks/plans.py            the tables of docs/memory.md; nothing is trained, some minutes
 
 The first table is a run of QLoRA's appendix (LLaMA, r = 64 on all linear layers, batch 1 of 512 tokens, every
 token labelled, activation checkpointing, 32-bit AdamW) beside the memory that the paper reports for it. The

@@ -25,16 +25,18 @@ MEMORY = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("text", [README, METHOD, MEMORY], ids=["README", "method", "memory"])
-def test_named_files_exist(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "least"), [(README, 5), (METHOD, 5), (MEMORY, 2)], ids=["README", "method", "memory"]
+)
+def test_named_files_exist(text: str, least: int) -> None:
     named = set(re.findall(r"(?:src|csrc|tests|demo|recipes|docs|benchmarks|requirements)/[\w./*-]*\w", text))
-    assert len(named) > 2
+    assert len(named) > least
     assert [path for path in sorted(named) if not list(ROOT.glob(path))] == []
 
 
 def test_named_tests_exist_and_run_when_it_is_said() -> None:
     named = re.findall(r"`([\w/]+\.py)::([\w:]+)`( \(slow\))?", RELIABILITY)
-    assert len(named) > 20
+    assert len(named) > 50
     found = {path: _defined_in(ROOT / "tests" / path) for path, _, _ in named}
     wrong = [(path, name) for path, name, slow in named if found[path].get(name) is not bool(slow)]
     assert wrong == []

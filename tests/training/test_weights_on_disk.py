@@ -17,6 +17,8 @@ from fourbit.config import RunConfig
 from fourbit.config_file import resolve
 from fourbit.errors import MemoryBudgetError
 from fourbit.memory.plan import Choice
+from fourbit.memory.stream import stream_of
+from fourbit.training import run as run_module
 from fourbit.training.planner import Planner, Rows, Target
 from fourbit.training.run import run
 from tests.tiny import byte_tokenizer, llama
@@ -97,8 +99,14 @@ def test_a_run_under_a_budget(packed: Path, tmp_path: Path, room: bool, where: s
     config = settings(packed, tmp_path, "run", max_steps=1)
     if not room:
         monkeypatch.setattr(Planner, "tiers", property(lambda self: ("disk",)))
+    held: list[bool] = []
+    hold = run_module.hold_weights
+    monkeypatch.setattr(
+        run_module, "hold_weights", lambda model: (held.append(stream_of(model) is not None), hold(model))
+    )
     out = io.StringIO()
     found = run(config, Console(file=out, width=200), memory=4 * 10**9)
     assert ("weights_read_bytes" in found.metrics) == (where == "disk")
     assert ("weights on disk" in out.getvalue()) == (where == "disk")
     assert found.metrics["plan"]["choice"]["weight_tier"] == where
+    assert held == [True] * room

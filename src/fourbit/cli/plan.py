@@ -31,8 +31,8 @@ def add_memory_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help="a budget such as 24GB or 900MB (powers of ten): choose micro_batch, activation_checkpointing "
-        "and loss_chunk so that the run stays below it and is as fast as can be",
+        help="a budget such as 24GB or 900MB (powers of ten): choose batches, checkpointing, and where "
+        "states and weights lie, so that the run stays below it and is as fast as can be",
     )
 
 

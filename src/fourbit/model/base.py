@@ -79,10 +79,13 @@ def open_base(
     return base
 
 
-def is_packed(path: str | os.PathLike[str], revision: str | None = None) -> bool:
+def is_packed(
+    path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> bool:
     """Whether this is a 4-bit checkpoint. Raises ModelError for what is no model."""
     place = locate(os.fspath(path), revision)
-    return bnb.is_bnb_4bit(getattr(read_config(place, place.is_file(), False), "quantization_config", None))
+    config = read_config(place, place.is_file(), trust_remote_code)
+    return bnb.is_bnb_4bit(getattr(config, "quantization_config", None))
 
 
 def check_readable(path: str, stored: dict[str, Any] | None) -> None:

@@ -132,7 +132,10 @@ class Planner:
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         hidden_size = int(base.config.get_text_config().hidden_size)
         self._compacts = wants_compact_heap(config.train.compact_heap, hidden_size, target.on_cpu)
-        self._can_map = target.on_cpu and is_packed(config.model.path, config.model.revision)
+        base_settings = config.model
+        self._can_map = target.on_cpu and is_packed(
+            base_settings.path, base_settings.revision, base_settings.trust_remote_code
+        )
         fused = config.train.fused and target.on_cpu and native.available()
         self._rehearsal = Rehearsal(skeleton, fused)
 

@@ -109,8 +109,9 @@ def run(
 ) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say.
 
-    memory   bytes to stay below, for which micro_batch, activation_checkpointing, loss_chunk, compact_heap
-             and optimizer_memory are chosen; raises MemoryBudgetError before the start where that cannot be
+    memory   bytes to stay below, for which micro_batch, activation_checkpointing, loss_chunk, compact_heap,
+             optimizer_memory and model.weight_tier are chosen; raises MemoryBudgetError before the start
+             where that cannot be
     predict  plan the memory without a budget too, refuse what exceeds the machine's, keep the plan
     """
     folder = Path(config.output)
