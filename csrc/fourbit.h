@@ -23,7 +23,7 @@
 #endif
 
 // Raised whenever a signature below or its meaning changes; the loader refuses another number.
-#define FB_ABI_VERSION 3
+#define FB_ABI_VERSION 4
 
 FB_API int64_t fb_abi(void);
 
@@ -61,6 +61,15 @@ FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_
                           const void* absmax, const float* nested_absmax, const float* offset,
                           const float* map, int64_t block_size, const float* codebook, const void* bias,
                           void* y, int threads);
+
+// The same for many rows, y[M,N] = x[M,K] W^T + bias, or with `gradient` y[M,K] = x[M,N] W. W is restored to
+// `dtype`, sums are fp32 and rounded once; a row of y does not depend on the others. Refused for what
+// fb_has_product denies; returns 2 where there is no memory for its scratch: some 9 MB, and the scales in fp32.
+FB_API int fb_has_product(int dtype);
+FB_API int fb_product_4bit(const void* x, int dtype, int64_t M, int64_t N, int64_t K, int gradient,
+                           const uint8_t* codes, const void* absmax, const float* nested_absmax,
+                           const float* offset, const float* map, int64_t block_size, const float* codebook,
+                           const void* bias, void* y, int threads);
 
 // y[T,K] = x[T,K] with elements dropped at the rate q = floor(p * 65536 + 0.5) / 65536, below 1, and
 // the kept ones times fp32(1 / (1 - q)), rounded to `dtype`. Which ones depends on (seed, step, layer,

@@ -91,6 +91,24 @@ struct AttentionKernels {
     void (*backward)(const AttentionHead* heads, int64_t group, void* packs, float* sums, float* dq, char* room);
 };
 
+// The many-row product, see product.cpp: tiles of `rows` rows of x by panels of `lanes` columns of the result.
+struct ProductKernels {
+    int64_t rows, lanes;
+    // How many rows a tile of so many has, zeros included; at most `rows`.
+    int64_t (*height)(int64_t rows);
+    // out [count][width] of the words of n lines, `stride` bytes apart, and zeros; n <= width <= 32.
+    void (*transpose)(const char* lines, int64_t stride, int64_t n, int64_t count, uint32_t* out, int64_t width);
+    // panel [words][lanes] of `lanes` columns of `rows` rows of packed weights, `stride` bytes and `blocks` scales
+    // apart, of which each lies in one block.
+    void (*columns)(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,
+                    const float* codebook, uint32_t* panel);
+    // sums [height][lanes] = or += tile [count][height] times panel [count][lanes], word by word.
+    void (*multiply)(const uint32_t* tile, const uint32_t* panel, int64_t count, int64_t height, bool add,
+                     float* sums);
+    // out [width] of the dtype = sums + bias, both [lanes].
+    void (*store)(const float* sums, const float* bias, int64_t width, void* out);
+};
+
 // The kernels of one instruction set, in a namespace of its name.
 //
 // quantize       whole blocks only; block_size is a multiple of 32
@@ -117,6 +135,7 @@ struct AttentionKernels {
     void gated(const GatedRun& run);                                                                  \
     void gated_grad(const GatedRun& run);                                                             \
     extern const AttentionKernels attention;                                                          \
+    extern const ProductKernels product;                                                              \
     }
 
 FB_KERNELS(scalar)
@@ -141,6 +160,8 @@ struct Kernels {
     decltype(scalar::gated_grad)* gated_grad;
     const AttentionKernels* attention;       // of bf16
     const AttentionKernels* attention_wide;  // of the others
+    const ProductKernels* product;           // of bf16, and of fp32; null where torch's is as good
+    const ProductKernels* product_wide;
 };
 
 // The instruction set in use.

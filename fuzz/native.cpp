@@ -187,6 +187,22 @@ void linear() {
     });
 }
 
+void product() {
+    const int dtype = static_cast<int>(below(2)), gradient = static_cast<int>(below(2));
+    const int64_t m = between(1, chance(6) ? 60 : 14), k = between(1, chance(9) ? 1100 : 150), size = block_size();
+    const int64_t n = between(1, chance(9) ? 1100 : 50);
+    Buffer x = values(dtype, m * (gradient ? n : k)), bias = values(dtype, gradient ? k : n);
+    Buffer codes((n * k + 1) / 2), book = ascending(16);
+    Scales scales((n * k + size - 1) / size);
+    const bool with_bias = chance(2);
+    everywhere("fb_product_4bit", false, {Buffer(m * (gradient ? k : n) * kWidth[dtype])}, [&](auto& out) {
+        if (!fb_has_product(dtype)) return 0;
+        return fb_product_4bit(x.at(), dtype, m, n, k, gradient, codes.at<uint8_t>(), scales.absmax.at(),
+                               scales.second(), scales.offset.at<float>(), scales.map.at<float>(), size,
+                               book.at<float>(), with_bias ? bias.at() : nullptr, out[0].at(), threads());
+    });
+}
+
 void dropout() {
     const int dtype = static_cast<int>(below(3));
     const int64_t t = between(0, 9), k = between(1, 300);
@@ -254,8 +270,8 @@ int main(int count, char** words) {
     source.seed(count > 2 ? static_cast<uint64_t>(std::atoll(words[2])) : 1);
     std::istringstream names(fb_isas());
     for (std::string name; names >> name;) isas.push_back(name);
-    void (*const problems[])() = {codec, codec, nested, linear, dropout, rows, attention};
-    for (int64_t i = 0; i < rounds; ++i) problems[i % 7]();
+    void (*const problems[])() = {codec, codec, nested, linear, product, dropout, rows, attention};
+    for (int64_t i = 0; i < rounds; ++i) problems[i % 8]();
     std::printf("%lld problems with each of %s: clean\n", static_cast<long long>(rounds), fb_isas());
     return 0;
 }

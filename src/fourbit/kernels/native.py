@@ -25,7 +25,7 @@ from fourbit.codebooks import dynamic_map, dynamic_thresholds
 from fourbit.errors import ConfigError
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
-_ABI = 3
+_ABI = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -62,6 +62,8 @@ _SIGNATURES = {
     "fb_quantize_absmax": (_I, [_P, _N, _P, _P, _P, _P, _I]),
     "fb_dequantize_absmax": (_I, [_P, _P, _P, _P, _N, _P, _I]),
     "fb_linear_4bit": (_I, [_P, _I, _N, _N, _N, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
+    "fb_has_product": (_I, [_I]),
+    "fb_product_4bit": (_I, [_P, _I, _N, _N, _N, _I, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
     "fb_dropout": (_I, [_P, _I, _N, _N, _P, _P, _N, _N, _N, c_double, _P, _I]),
     "fb_rms_norm": (_I, [_P, _I, _N, _N, _P, c_float, _P, _P, _I]),
     "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),
@@ -304,6 +306,57 @@ def linear_4bit(
         torch.get_num_threads(),
     )
     _check(status, "linear_4bit")
+    return y
+
+
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether `product_4bit` takes this dtype with the instruction set in use."""
+    return bool(_library().fb_has_product(_DTYPES[dtype]))
+
+
+def product_4bit(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+    features: int,
+    bias: Tensor | None = None,
+    *,
+    gradient: bool = False,
+) -> Tensor:
+    """Multiply the contiguous x [M, K], many rows, by the packed weight [features, K] transposed.
+
+    With gradient the weight is [N, features] and not transposed, for x [M, N]. Returns x's dtype
+    [M, features]; bias has it too. The weight is restored to x's dtype, panel by panel; sums are fp32 and
+    rounded once, at the end. A row of the result does not depend on the other rows.
+    """
+    codes, absmax = codes.contiguous(), absmax.contiguous()
+    y = torch.empty(x.shape[0], features, dtype=x.dtype, device="cpu")
+    n, k = (x.shape[1], features) if gradient else (features, x.shape[1])
+    status = _library().fb_product_4bit(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        n,
+        k,
+        gradient,
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        _address(nested_absmax),
+        _address(offset),
+        dynamic_map().data_ptr(),
+        block_size,
+        codebook.data_ptr(),
+        _address(bias),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status == 2:
+        raise MemoryError("there is no memory for the scratch of a 4-bit product")
+    _check(status, "product_4bit")
     return y
 
 

@@ -3,8 +3,9 @@
     y = x @ W.T + bias        dL/dx = dL/dy @ W        W restored from 4 bits, never differentiated
 
 Few rows on a CPU are multiplied with the packed weight as it lies in memory: such a product is bound by
-reading the weight, which is a quarter the size. Many rows restore W once into the workspace and leave
-the product to torch. Nothing but the packed parts is kept for backward.
+reading the weight, which is a quarter the size. Many rows meet panels of W restored in the cache, with
+instruction sets and dtypes that have such a product; else W is restored once into the workspace and the
+product left to torch. Nothing but the packed parts is kept for backward.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def _check(
         )
 
 
+def _by_panels(rows: Tensor, features: int) -> bool:
+    """Whether native code multiplies rows [M, ..] with a weight that has so many features on the other side."""
+    return rows.numel() > 0 and features > 0 and runs_native(rows) and native.has_product(rows.dtype)
+
+
 def _linear(
     x: Tensor,
     codes: Tensor,
@@ -62,6 +68,10 @@ def _linear(
     rows = x.reshape(x.shape[:-1].numel(), in_features)
     if 0 < rows.shape[0] <= FEW_ROWS and runs_native(x):
         y = native.linear_4bit(
+            rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
+        )
+    elif _by_panels(rows, out_features):
+        y = native.product_4bit(
             rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
         )
     else:
@@ -102,11 +112,24 @@ def _linear_backward(
     in_features: int,
 ) -> Tensor:
     _check(grad, codes, absmax, nested, offset, block_size, in_features)
-    shape = (grad.shape[-1], in_features)
-    weight = restored(shape, grad.dtype, codes, absmax, nested, offset, codebook, block_size)
     rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
-    product = with_rounded_rows(rows) @ weight
-    return product[: rows.shape[0]].view(*grad.shape[:-1], in_features)
+    if _by_panels(rows, in_features):
+        product = native.product_4bit(
+            rows.contiguous(),
+            codes,
+            absmax,
+            nested,
+            offset,
+            codebook,
+            block_size,
+            in_features,
+            gradient=True,
+        )
+    else:
+        shape = (grad.shape[-1], in_features)
+        weight = restored(shape, grad.dtype, codes, absmax, nested, offset, codebook, block_size)
+        product = (with_rounded_rows(rows) @ weight)[: rows.shape[0]]
+    return product.view(*grad.shape[:-1], in_features)
 
 
 def _linear_backward_fake(
