@@ -95,4 +95,18 @@ void dropout(const DropoutRow& row) {
     if (row.dtype == FP16) dropout_row<FP16>(row);
 }
 
+void kept(const DropoutRow& row, uint32_t* bits) {
+    const __m256i threshold = _mm256_set1_epi16(int16_t(row.threshold));
+    const auto stays = [&](__m256i values) {
+        return _mm256_cmpeq_epi16(_mm256_max_epu16(values, threshold), values);
+    };
+    for (int64_t k = 0; k < row.K; k += 32) {
+        const Bits found = philox(row, k / 8);
+        // Packing works in 128-bit halves; the permute puts the quarters in order.
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packs_epi16(stays(found.first), stays(found.second)), 0xd8);
+        bits[k / 32] = uint32_t(_mm256_movemask_epi8(bytes));
+    }
+}
+
 }  // namespace avx2

@@ -70,16 +70,21 @@ void apply(const DropoutRow& row, int64_t k, __mmask32 inside, __mmask32 kept, _
     }
 }
 
+// Of 64 elements from k on.
+inline uint64_t kept_64(const DropoutRow& row, int64_t k) {
+    const __m512i threshold = _mm512_set1_epi16(int16_t(row.threshold));
+    const Bits bits = philox(row, k / 8);
+    return uint64_t(_mm512_cmpge_epu16_mask(bits.second, threshold)) << 32 |
+           _mm512_cmpge_epu16_mask(bits.first, threshold);
+}
+
 template <int DTYPE>
 void dropout_row(const DropoutRow& row) {
-    const __m512i threshold = _mm512_set1_epi16(int16_t(row.threshold));
     const __m512 scale = _mm512_set1_ps(row.scale);
     for (int64_t k = 0; k < row.K; k += 64) {
         const int64_t left = row.K - k;
         const uint64_t inside = left >= 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
-        const Bits bits = philox(row, k / 8);
-        const uint64_t kept = inside & (uint64_t(_mm512_cmpge_epu16_mask(bits.second, threshold)) << 32 |
-                                        _mm512_cmpge_epu16_mask(bits.first, threshold));
+        const uint64_t kept = inside & kept_64(row, k);
         apply<DTYPE>(row, k, __mmask32(inside), __mmask32(kept), scale);
         if (left > 32) apply<DTYPE>(row, k + 32, __mmask32(inside >> 32), __mmask32(kept >> 32), scale);
     }
@@ -93,6 +98,14 @@ void dropout(const DropoutRow& row) {
     if (row.dtype == FP32) dropout_row<FP32>(row);
     if (row.dtype == BF16) dropout_row<BF16>(row);
     if (row.dtype == FP16) dropout_row<FP16>(row);
+}
+
+void kept(const DropoutRow& row, uint32_t* bits) {
+    for (int64_t k = 0; k < row.K; k += 64) {
+        const uint64_t found = kept_64(row, k);
+        bits[k / 32] = uint32_t(found);
+        if (row.K - k > 32) bits[k / 32 + 1] = uint32_t(found >> 32);
+    }
 }
 
 }  // namespace avx512

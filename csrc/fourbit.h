@@ -62,14 +62,41 @@ FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_
                           const float* map, int64_t block_size, const float* codebook, const void* bias,
                           void* y, int threads);
 
-// The same for many rows, y[M,N] = x[M,K] W^T + bias, or with `gradient` y[M,K] = x[M,N] W. W is restored to
-// `dtype`, sums are fp32 and rounded once; a row of y does not depend on the others. Refused for what
-// fb_has_product denies; returns 2 where there is no memory for its scratch: some 9 MB, and the scales in fp32.
+// A product of many rows with a packed weight W [N,K], and with an adapter of rank r on it (arXiv:2106.09685):
+//
+//   y[M,N] = x W^T + bias + scaling low B^T        low[M,r] = dropout(x) A^T, as fb_dropout does it
+//
+// W, A and B are taken in `dtype`, sums are fp32 and rounded once; a row of y does not depend on the others.
+typedef struct {
+    const void* x;  // [M,K]
+    int64_t rows, in_features, out_features;  // M, K, N
+    int dtype;
+    const uint8_t* codes;
+    const void* absmax;
+    const float* nested_absmax;
+    const float* offset;
+    const float* map;
+    int64_t block_size;
+    const float* codebook;
+    const void* bias;  // or null
+    void* y;
+    int64_t rank;  // r; 0 for no adapter, and nothing of what follows up to grad
+    const float *a, *b;  // [r,K], [N,r]
+    float scaling;
+    void* low;  // written by fb_product and read by fb_product_grad
+    const int64_t *row, *position;
+    int64_t layer, seed, step;
+    double p;  // 0 for no dropout
+    const void* grad;  // of y
+    void* grad_x;      // or null
+    float *grad_a, *grad_b;  // both or neither
+} FbProduct;
+
+// Refused (1) for a dtype that fb_has_product denies. Both return 2 where there is no memory for their scratch:
+// the scales in fp32, some MB for each thread, and 64 bytes for each value of a line of A and B.
 FB_API int fb_has_product(int dtype);
-FB_API int fb_product_4bit(const void* x, int dtype, int64_t M, int64_t N, int64_t K, int gradient,
-                           const uint8_t* codes, const void* absmax, const float* nested_absmax,
-                           const float* offset, const float* map, int64_t block_size, const float* codebook,
-                           const void* bias, void* y, int threads);
+FB_API int fb_product(const FbProduct* problem, int threads);
+FB_API int fb_product_grad(const FbProduct* problem, int threads);
 
 // y[T,K] = x[T,K] with elements dropped at the rate q = floor(p * 65536 + 0.5) / 65536, below 1, and
 // the kept ones times fp32(1 / (1 - q)), rounded to `dtype`. Which ones depends on (seed, step, layer,

@@ -102,6 +102,12 @@ struct ProductKernels {
     // apart, of which each lies in one block.
     void (*columns)(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,
                     const float* codebook, uint32_t* panel);
+    // words [lanes] of two rows, `width` values of each, the second null for none; bits say which values count.
+    void (*interleave)(const void* first, const void* second, uint32_t bits, uint32_t second_bits, int64_t width,
+                       uint32_t* words);
+    void (*kept)(const DropoutRow& row, uint32_t* bits);
+    // sums [lanes] += more * scale where bits are set.
+    void (*add_kept)(const float* more, uint32_t bits, float scale, float* sums);
     // sums [height][lanes] = or += tile [count][height] times panel [count][lanes], word by word.
     void (*multiply)(const uint32_t* tile, const uint32_t* panel, int64_t count, int64_t height, bool add,
                      float* sums);
@@ -117,6 +123,8 @@ struct ProductKernels {
 // restore        scales of one block of double quantization: map[codes8] * scale + offset
 // prepare        one row of x, [K], for `linear`; K is a multiple of 32
 // dot            the sum of a[i] * b[i]
+// kept           of a row of dropout, which elements stay: bits [ceil(K / 32)]; x and y are not read. Only where
+//                there is a many-row product
 #define FB_KERNELS(isa)                                                                               \
     namespace isa {                                                                                   \
     void quantize(const void* w, int dtype, int64_t blocks, int64_t block_size, const Search& search, \
@@ -130,6 +138,7 @@ struct ProductKernels {
     void linear(const LinearRows& rows);                                                              \
     float dot(const float* a, const float* b, int64_t n);                                             \
     void dropout(const DropoutRow& row);                                                              \
+    void kept(const DropoutRow& row, uint32_t* bits);                                                 \
     void rms_norm(const NormRow& row);                                                                \
     void rms_norm_grad(const NormRow& row);                                                           \
     void gated(const GatedRun& run);                                                                  \

@@ -83,6 +83,27 @@ void columns(const uint8_t* codes, int64_t stride, const float* absmax, int64_t 
     }
 }
 
+// All ones in the lanes of eight bits.
+__m256i spread(uint32_t bits) {
+    const __m256i each = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), each), each);
+}
+
+void interleave(const void* first, const void*, uint32_t bits, uint32_t, int64_t width, uint32_t* words) {
+    for (int64_t i = 0; i < 16; i += 8) {
+        const __m256i kept = _mm256_and_si256(spread(bits >> i), first_lanes(width - i));
+        _mm256_storeu_ps(reinterpret_cast<float*>(words + i),
+                         _mm256_maskload_ps(static_cast<const float*>(first) + i, kept));
+    }
+}
+
+void add_kept(const float* more, uint32_t bits, float scale, float* sums) {
+    for (int64_t i = 0; i < 16; i += 8) {
+        const __m256 value = _mm256_and_ps(_mm256_castsi256_ps(spread(bits >> i)), _mm256_loadu_ps(more + i));
+        _mm256_storeu_ps(sums + i, _mm256_fmadd_ps(value, _mm256_set1_ps(scale), _mm256_loadu_ps(sums + i)));
+    }
+}
+
 void store_row(const float* sums, const float* bias, int64_t width, void* out) {
     for (int64_t i = 0; i < width; ++i) static_cast<float*>(out)[i] = sums[i] + bias[i];
 }
@@ -91,7 +112,7 @@ void store_row(const float* sums, const float* bias, int64_t width, void* out) {
 
 namespace avx2 {
 
-const ProductKernels product = {Fp32::ROWS, 2 * Fp32::LANES, tile_height<Fp32>, transpose_lines,
-                                columns,    multiply_words<Fp32>, store_row};
+const ProductKernels product = {Fp32::ROWS, 2 * Fp32::LANES, tile_height<Fp32>, transpose_lines, columns,
+                                interleave, kept,            add_kept,          multiply_words<Fp32>, store_row};
 
 }  // namespace avx2

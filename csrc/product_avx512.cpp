@@ -25,6 +25,13 @@ void columns(const uint8_t* codes, int64_t stride, const float* absmax, int64_t 
     }
 }
 
+void interleave(const void* first, const void*, uint32_t bits, uint32_t, int64_t width, uint32_t* words) {
+    for (int64_t i = 0; i < 32; i += 16) {
+        const __mmask16 kept = __mmask16(bits >> i) & first_lanes(width - i);
+        _mm512_storeu_ps(words + i, _mm512_maskz_loadu_ps(kept, static_cast<const float*>(first) + i));
+    }
+}
+
 void store_row(const float* sums, const float* bias, int64_t width, void* out) {
     for (int64_t i = 0; i < width; i += 16)
         _mm512_mask_storeu_ps(static_cast<float*>(out) + i, first_lanes(width - i),
@@ -35,7 +42,7 @@ void store_row(const float* sums, const float* bias, int64_t width, void* out) {
 
 namespace avx512 {
 
-const ProductKernels product = {Fp32::ROWS, 2 * Fp32::LANES, tile_height<Fp32>, transpose_lines,
-                                columns,    multiply_words<Fp32>, store_row};
+const ProductKernels product = {Fp32::ROWS, 2 * Fp32::LANES, tile_height<Fp32>, transpose_lines, columns,
+                                interleave, kept,            add_kept_lanes,    multiply_words<Fp32>, store_row};
 
 }  // namespace avx512

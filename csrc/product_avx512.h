@@ -53,6 +53,14 @@ inline void transpose_lines(const char* lines, int64_t stride, int64_t n, int64_
     }
 }
 
+inline void add_kept_lanes(const float* more, uint32_t bits, float scale, float* sums) {
+    for (int half = 0; half < 2; ++half) {
+        const __m512 sum = _mm512_loadu_ps(sums + 16 * half), value = _mm512_loadu_ps(more + 16 * half);
+        _mm512_storeu_ps(sums + 16 * half, _mm512_mask3_fmadd_ps(value, _mm512_set1_ps(scale), sum,
+                                                                 __mmask16(bits >> (16 * half))));
+    }
+}
+
 // The lanes of fp32 vectors; ROWS so that 2 x 12 sums, two vectors and x leave a few of 32 registers.
 struct Lanes512 {
     using Vector = __m512;

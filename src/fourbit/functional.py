@@ -79,7 +79,7 @@ def _not_finite(w: Tensor, name: str | None) -> QuantizationError:
 
 def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     """Restore a tensor of q's shape in `dtype`, by default the original one."""
-    w: Tensor = torch.ops.fourbit.dequantize_4bit(*_parts(q), q.shape, dtype or q.dtype)
+    w: Tensor = torch.ops.fourbit.dequantize_4bit(*parts_of(q), q.shape, dtype or q.dtype)
     return w
 
 
@@ -114,13 +114,13 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)
-    y: Tensor = torch.ops.fourbit.linear_4bit(x, *_parts(q), q.shape[0], bias)
+    y: Tensor = torch.ops.fourbit.linear_4bit(x, *parts_of(q), q.shape[0], bias)
     return y
 
 
 def linear_4bit_grad(grad: Tensor, q: QuantizedTensor) -> Tensor:
     """Gradient of `linear_4bit` in its input: grad [.., N] times q [N, K], in grad's dtype."""
-    grad_x: Tensor = torch.ops.fourbit.linear_4bit_backward(grad, *_parts(q), q.shape[1])
+    grad_x: Tensor = torch.ops.fourbit.linear_4bit_backward(grad, *parts_of(q), q.shape[1])
     return grad_x
 
 
@@ -140,5 +140,6 @@ def keyed_dropout(
     return y
 
 
-def _parts(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, int]:
+def parts_of(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, int]:
+    """What operators take of it: codes, absmax, nested_absmax, offset, codebook, block_size."""
     return q.codes, q.absmax, q.nested_absmax, q.offset, q.codebook, q.block_size

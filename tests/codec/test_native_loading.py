@@ -80,7 +80,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert str(error.value) == f"set_isa: instruction set 'sse9' is not available here; use one of {known}"
     monkeypatch.setenv("FOURBIT_ISA", "best")
     with pytest.raises(ConfigError, match=r"^FOURBIT_ISA: instruction set 'best' is not available here"):
-        native._library.__wrapped__()
+        native.library.__wrapped__()
     assert native.isa() == before
 
 

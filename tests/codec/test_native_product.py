@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fourbit import reference
 from fourbit.codebooks import codebook
 from fourbit.kernels import native
+from fourbit.kernels.product import Adapter, Dropout, Packed, has_product, product, product_grad
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native library: {native.load_error()}")
 
@@ -38,7 +39,7 @@ def cases() -> list[tuple[str, torch.dtype]]:
     found, before = [], native.isa()
     for isa in native.isas():
         native.set_isa(isa)
-        found += [(isa, dtype) for dtype in DTYPES if native.has_product(dtype)]
+        found += [(isa, dtype) for dtype in DTYPES if has_product(dtype)]
     native.set_isa(before)
     return found
 
@@ -57,11 +58,13 @@ def packed(out_features: int, in_features: int, block_size: int) -> tuple[Tensor
 
 
 def forward(x: Tensor, weight: tuple[Tensor, Tensor], block_size: int, n: int, bias: Tensor | None) -> Tensor:
-    return native.product_4bit(x, *weight, None, None, codebook("nf4"), block_size, n, bias)
+    y, _ = product(x, Packed(n, x.shape[1], *weight, None, None, codebook("nf4"), block_size), bias)
+    return y
 
 
 def backward(grad: Tensor, weight: tuple[Tensor, Tensor], block_size: int, k: int) -> Tensor:
-    return native.product_4bit(grad, *weight, None, None, codebook("nf4"), block_size, k, gradient=True)
+    packed_weight = Packed(grad.shape[1], k, *weight, None, None, codebook("nf4"), block_size)
+    return product_grad(grad, packed_weight)[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -116,11 +119,9 @@ def test_double_quantized_scales(dtype: torch.dtype, k: int, block_size: int) ->
     parts = reference.quantize_absmax(absmax)
     restored = (codes, reference.dequantize_absmax(*parts))
     x, grad = torch.randn(20, k).to(dtype), torch.randn(20, 130).to(dtype)
-    book = codebook("nf4")
-    got = native.product_4bit(x, codes, *parts, book, block_size, 130)
-    assert torch.equal(got, forward(x, restored, block_size, 130, None))
-    got = native.product_4bit(grad, codes, *parts, book, block_size, k, gradient=True)
-    assert torch.equal(got, backward(grad, restored, block_size, k))
+    weight = Packed(130, k, codes, *parts, codebook("nf4"), block_size)
+    assert torch.equal(product(x, weight)[0], forward(x, restored, block_size, 130, None))
+    assert torch.equal(product_grad(grad, weight)[0], backward(grad, restored, block_size, k))
 
 
 def test_every_weight_meets_its_own_value(dtype: torch.dtype) -> None:
@@ -139,3 +140,101 @@ def test_like_torch_on_a_model_s_matrices(dtype: torch.dtype) -> None:
         truth = x.double() @ full.double().T
         torchs = (F.linear(x, full).double() - truth).norm()
         assert (forward(x, weight, 64, n, None).double() - truth).norm() <= 1.05 * torchs
+
+
+def adapter(n: int, k: int, rank: int, rows: int = 0, p: float = 0.0) -> Adapter:
+    dropout = None
+    if p:
+        dropout = Dropout(torch.arange(rows) // 7, torch.arange(rows) % 7, 3, 12345678901, 2, p)
+    return Adapter(torch.randn(rank, k) / k**0.5, torch.randn(n, rank), 1.7, dropout)
+
+
+# (rows, K, N, rank): tiles, panels, ranks that do not fill and that overflow, odd sizes, long sums over rows.
+ADAPTED = [
+    (24, 576, 192, 16),
+    (1, 64, 33, 1),
+    (13, 101, 35, 7),
+    (41, 33, 70, 40),
+    (530, 64, 48, 8),
+    (18, 70, 2090, 64),
+]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("shape", ADAPTED, ids=str)
+def test_adapter_against_fp64(dtype: torch.dtype, shape: tuple[int, ...], p: float) -> None:
+    rows, k, n, rank = shape
+    codes = packed(n, k, 64)
+    weight, lora = Packed(n, k, *codes, None, None, codebook("nf4"), 64), adapter(n, k, rank, rows, p)
+    full = reference.dequantize_4bit(*codes, (n, k), codebook("nf4"), 64, dtype).double()
+    x, grad, bias = torch.randn(rows, k).to(dtype), torch.randn(rows, n).to(dtype), torch.randn(n).to(dtype)
+    y, low = product(x, weight, bias, lora)
+    grad_x, grad_a, grad_b = product_grad(grad, weight, lora, x=x, low=low, needs_adapter=True)
+
+    a, b = (part.to(dtype).double().requires_grad_() for part in (lora.a, lora.b))
+    true_x = x.double().requires_grad_()
+    dropped = true_x
+    if p:
+        keys = lora.dropout
+        ones = torch.ones(rows, k, dtype=torch.float64)
+        mask = reference.keyed_dropout(
+            ones.float(), p, keys.row, keys.position, keys.layer, keys.seed, keys.step
+        )
+        dropped = true_x * mask.double()
+    true_y = true_x @ full.T + bias.double() + lora.scaling * (dropped @ a.T) @ b.T
+    true_y.backward(grad.double())
+    # Roundings: of the weight none, of low, of dropped values and of scaling B one each, of the result one.
+    bound = 4 * torch.finfo(dtype).eps
+    for got, truth in (
+        (y, true_y.detach()),
+        (low, (dropped @ a.T).detach()),
+        (grad_x, true_x.grad),
+        (grad_a, a.grad),
+        (grad_b, b.grad),
+    ):
+        assert got.shape == truth.shape
+        assert (got.double() - truth).norm() <= bound * truth.norm()
+
+
+def test_an_adapter_without_effect_changes_nothing(dtype: torch.dtype) -> None:
+    weight = Packed(70, 101, *packed(70, 101, 64), None, None, codebook("nf4"), 64)
+    x, lora = torch.randn(29, 101).to(dtype), adapter(70, 101, 8)
+    still = Adapter(lora.a, torch.zeros_like(lora.b), lora.scaling)
+    assert torch.equal(product(x, weight, None, still)[0], product(x, weight)[0])
+
+
+def test_rows_and_threads_do_not_show_with_an_adapter(dtype: torch.dtype, threads: int) -> None:
+    n, k, rows = 96, 320, 600
+    weight = Packed(n, k, *packed(n, k, 64), None, None, codebook("nf4"), 64)
+    x, grad, lora = (
+        torch.randn(rows, k).to(dtype),
+        torch.randn(rows, n).to(dtype),
+        adapter(n, k, 8, rows, 0.1),
+    )
+
+    def everything() -> tuple[Tensor | None, ...]:
+        y, low = product(x, weight, None, lora)
+        return (y, low, *product_grad(grad, weight, lora, x=x, low=low, needs_adapter=True))
+
+    got = everything()
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for one, other in zip(got, everything(), strict=True))
+    keys = lora.dropout
+    some = Dropout(keys.row[100:140], keys.position[100:140], keys.layer, keys.seed, keys.step, keys.p)
+    part, _ = product(x[100:140], weight, None, Adapter(lora.a, lora.b, lora.scaling, some))
+    assert torch.equal(part, got[0][100:140])
+
+
+def test_only_what_is_asked_for(dtype: torch.dtype) -> None:
+    weight, lora = Packed(40, 64, *packed(40, 64, 64), None, None, codebook("nf4"), 64), adapter(40, 64, 4)
+    x, grad = torch.randn(20, 64).to(dtype), torch.randn(20, 40).to(dtype)
+    _, low = product(x, weight, None, lora)
+    whole = product_grad(grad, weight, lora, x=x, low=low, needs_adapter=True)
+    alone = product_grad(grad, weight, lora)
+    assert torch.equal(alone[0], whole[0])
+    assert alone[1] is None
+    assert alone[2] is None
+    none, grad_a, grad_b = product_grad(grad, weight, lora, x=x, low=low, needs_x=False, needs_adapter=True)
+    assert none is None
+    assert torch.equal(grad_a, whole[1])
+    assert torch.equal(grad_b, whole[2])

@@ -26,7 +26,7 @@ from fourbit.errors import ConfigError
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
 _ABI = 4
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Strided(ctypes.Structure):
@@ -63,7 +63,8 @@ _SIGNATURES = {
     "fb_dequantize_absmax": (_I, [_P, _P, _P, _P, _N, _P, _I]),
     "fb_linear_4bit": (_I, [_P, _I, _N, _N, _N, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
     "fb_has_product": (_I, [_I]),
-    "fb_product_4bit": (_I, [_P, _I, _N, _N, _N, _I, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
+    "fb_product": (_I, [_P, _I]),
+    "fb_product_grad": (_I, [_P, _I]),
     "fb_dropout": (_I, [_P, _I, _N, _N, _P, _P, _N, _N, _N, c_double, _P, _I]),
     "fb_rms_norm": (_I, [_P, _I, _N, _N, _P, c_float, _P, _P, _I]),
     "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),
@@ -98,7 +99,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises RuntimeError where there is none."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"the native library is not loaded: {reason}")
@@ -112,7 +114,7 @@ def available() -> bool:
 
     Raises ConfigError if FOURBIT_ISA names an instruction set that this machine does not have.
     """
-    return _load()[0] is not None and _library() is not None
+    return _load()[0] is not None and library() is not None
 
 
 def load_error() -> str | None:
@@ -122,12 +124,12 @@ def load_error() -> str | None:
 
 def isa() -> str:
     """The instruction set in use."""
-    return _text(_library().fb_isa())
+    return _text(library().fb_isa())
 
 
 def isas() -> tuple[str, ...]:
     """The instruction sets that this machine and this build have, best last."""
-    return tuple(_text(_library().fb_isas()).split())
+    return tuple(_text(library().fb_isas()).split())
 
 
 def set_isa(name: str) -> None:
@@ -135,7 +137,7 @@ def set_isa(name: str) -> None:
 
     Raises ConfigError for one that this machine or this build does not have.
     """
-    _choose(_library(), name, "set_isa")
+    _choose(library(), name, "set_isa")
 
 
 def _choose(library: ctypes.CDLL, name: str, where: str) -> None:
@@ -159,19 +161,23 @@ def openmp_runtimes() -> list[str]:
     return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's values begin; None for none."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(status: int, name: str) -> None:
+def check(status: int, name: str) -> None:
+    """Raise for what a function of the library returned."""
+    if status == 2:
+        raise MemoryError(f"there is no memory for the scratch of {name}")
     if status:
         raise RuntimeError(f"{name} refused its arguments; the operator should have checked them")
 
 
 def find_nonfinite(w: Tensor) -> int:
     """Flat position of the first NaN or infinity of the contiguous w (fp32, bf16, fp16), or -1."""
-    found: int = _library().fb_find_nonfinite(
-        w.data_ptr(), _DTYPES[w.dtype], w.numel(), torch.get_num_threads()
+    found: int = library().fb_find_nonfinite(
+        w.data_ptr(), DTYPES[w.dtype], w.numel(), torch.get_num_threads()
     )
     return found
 
@@ -185,9 +191,9 @@ def quantize_4bit(w: Tensor, thresholds: Tensor, order: Tensor, block_size: int)
     n = w.numel()
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
-    status = _library().fb_quantize_4bit(
+    status = library().fb_quantize_4bit(
         w.data_ptr(),
-        _DTYPES[w.dtype],
+        DTYPES[w.dtype],
         n,
         block_size,
         thresholds.data_ptr(),
@@ -196,7 +202,7 @@ def quantize_4bit(w: Tensor, thresholds: Tensor, order: Tensor, block_size: int)
         absmax.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "quantize_4bit")
+    check(status, "quantize_4bit")
     return codes, absmax
 
 
@@ -214,20 +220,20 @@ def dequantize_4bit(
     absmax is fp32 [b], or uint8 [b] with nested_absmax fp32 [ceil(b / 256)] and offset fp32 [].
     """
     codes, absmax = codes.contiguous(), absmax.contiguous()
-    status = _library().fb_dequantize_4bit(
+    status = library().fb_dequantize_4bit(
         codes.data_ptr(),
         absmax.data_ptr(),
-        _address(nested_absmax),
-        _address(offset),
+        address(nested_absmax),
+        address(offset),
         dynamic_map().data_ptr(),
         out.numel(),
         block_size,
         codebook.data_ptr(),
         out.data_ptr(),
-        _DTYPES[out.dtype],
+        DTYPES[out.dtype],
         torch.get_num_threads(),
     )
-    _check(status, "dequantize_4bit")
+    check(status, "dequantize_4bit")
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,7 +245,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes8 = torch.empty(blocks, dtype=torch.uint8, device="cpu")
     nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device="cpu")
     offset = torch.empty((), dtype=torch.float32, device="cpu")
-    status = _library().fb_quantize_absmax(
+    status = library().fb_quantize_absmax(
         absmax.data_ptr(),
         blocks,
         dynamic_thresholds().data_ptr(),
@@ -248,7 +254,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         offset.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "quantize_absmax")
+    check(status, "quantize_absmax")
     return codes8, nested_absmax, offset
 
 
@@ -256,7 +262,7 @@ def dequantize_absmax(codes8: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
     """Restore absmax fp32 [b] from double quantization."""
     codes8, nested_absmax = codes8.contiguous(), nested_absmax.contiguous()
     absmax = torch.empty(codes8.numel(), dtype=torch.float32, device="cpu")
-    status = _library().fb_dequantize_absmax(
+    status = library().fb_dequantize_absmax(
         codes8.data_ptr(),
         nested_absmax.data_ptr(),
         offset.data_ptr(),
@@ -265,7 +271,7 @@ def dequantize_absmax(codes8: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
         absmax.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "dequantize_absmax")
+    check(status, "dequantize_absmax")
     return absmax
 
 
@@ -288,75 +294,24 @@ def linear_4bit(
     """
     codes, absmax = codes.contiguous(), absmax.contiguous()
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device="cpu")
-    status = _library().fb_linear_4bit(
+    status = library().fb_linear_4bit(
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.shape[0],
         x.shape[1],
         out_features,
         codes.data_ptr(),
         absmax.data_ptr(),
-        _address(nested_absmax),
-        _address(offset),
+        address(nested_absmax),
+        address(offset),
         dynamic_map().data_ptr(),
         block_size,
         codebook.data_ptr(),
-        _address(bias),
+        address(bias),
         y.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "linear_4bit")
-    return y
-
-
-def has_product(dtype: torch.dtype) -> bool:
-    """Whether `product_4bit` takes this dtype with the instruction set in use."""
-    return bool(_library().fb_has_product(_DTYPES[dtype]))
-
-
-def product_4bit(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    codebook: Tensor,
-    block_size: int,
-    features: int,
-    bias: Tensor | None = None,
-    *,
-    gradient: bool = False,
-) -> Tensor:
-    """Multiply the contiguous x [M, K], many rows, by the packed weight [features, K] transposed.
-
-    With gradient the weight is [N, features] and not transposed, for x [M, N]. Returns x's dtype
-    [M, features]; bias has it too. The weight is restored to x's dtype, panel by panel; sums are fp32 and
-    rounded once, at the end. A row of the result does not depend on the other rows.
-    """
-    codes, absmax = codes.contiguous(), absmax.contiguous()
-    y = torch.empty(x.shape[0], features, dtype=x.dtype, device="cpu")
-    n, k = (x.shape[1], features) if gradient else (features, x.shape[1])
-    status = _library().fb_product_4bit(
-        x.data_ptr(),
-        _DTYPES[x.dtype],
-        x.shape[0],
-        n,
-        k,
-        gradient,
-        codes.data_ptr(),
-        absmax.data_ptr(),
-        _address(nested_absmax),
-        _address(offset),
-        dynamic_map().data_ptr(),
-        block_size,
-        codebook.data_ptr(),
-        _address(bias),
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if status == 2:
-        raise MemoryError("there is no memory for the scratch of a 4-bit product")
-    _check(status, "product_4bit")
+    check(status, "linear_4bit")
     return y
 
 
@@ -367,9 +322,9 @@ def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, ste
     (see `reference.dropout_mask`), so calling this on the gradient is the backward pass.
     """
     y = torch.empty_like(x)
-    status = _library().fb_dropout(
+    status = library().fb_dropout(
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.shape[0],
         x.shape[1],
         row.contiguous().data_ptr(),
@@ -381,7 +336,7 @@ def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, ste
         y.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "dropout")
+    check(status, "dropout")
     return y
 
 
@@ -389,8 +344,8 @@ def adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, coefficien
     """One step of AdamW on contiguous fp32 [n], in place (`reference.adamw`)."""
     pointers = (tensor.data_ptr() for tensor in (weight, grad, mean, square))
     threads = torch.get_num_threads()
-    status = _library().fb_adamw(*pointers, weight.numel(), coefficients.data_ptr(), threads)
-    _check(status, "adamw")
+    status = library().fb_adamw(*pointers, weight.numel(), coefficients.data_ptr(), threads)
+    check(status, "adamw")
 
 
 def adamw_8bit(
@@ -405,7 +360,7 @@ def adamw_8bit(
     """The same with blockwise 8-bit states (`reference.adamw_8bit`)."""
     maps, thresholds = _dynamic_tables()
     pointers = (tensor.data_ptr() for tensor in (weight, grad, mean, mean_absmax, square, square_absmax))
-    status = _library().fb_adamw_8bit(
+    status = library().fb_adamw_8bit(
         *pointers,
         weight.numel(),
         coefficients.data_ptr(),
@@ -413,7 +368,7 @@ def adamw_8bit(
         thresholds.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "adamw_8bit")
+    check(status, "adamw_8bit")
 
 
 @cache
@@ -432,9 +387,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     y = torch.empty_like(x)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
-    status = _library().fb_rms_norm(
+    status = library().fb_rms_norm(
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         *x.shape,
         weight.data_ptr(),
         eps,
@@ -442,58 +397,58 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         scale.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "rms_norm")
+    check(status, "rms_norm")
     return y, scale
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient in x; grad and x are contiguous, [T, K], of one dtype."""
     grad_x = torch.empty_like(x)
-    status = _library().fb_rms_norm_grad(
+    status = library().fb_rms_norm_grad(
         grad.data_ptr(),
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         *x.shape,
         weight.data_ptr(),
         scale.data_ptr(),
         grad_x.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "rms_norm_backward")
+    check(status, "rms_norm_backward")
     return grad_x
 
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """activation(gate) * up of contiguous tensors of one shape and dtype; kind as in csrc/fourbit.h."""
     out = torch.empty_like(gate)
-    status = _library().fb_gated(
+    status = library().fb_gated(
         gate.data_ptr(),
         up.data_ptr(),
-        _DTYPES[gate.dtype],
+        DTYPES[gate.dtype],
         gate.numel(),
         kind,
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "gated")
+    check(status, "gated")
     return out
 
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """The gradients in gate and up."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    status = _library().fb_gated_grad(
+    status = library().fb_gated_grad(
         grad.data_ptr(),
         gate.data_ptr(),
         up.data_ptr(),
-        _DTYPES[gate.dtype],
+        DTYPES[gate.dtype],
         gate.numel(),
         kind,
         grad_gate.data_ptr(),
         grad_up.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status, "gated_backward")
+    check(status, "gated_backward")
     return grad_gate, grad_up
 
 
@@ -507,7 +462,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> t
     o = torch.empty(batch, length, heads, width, dtype=q.dtype, device="cpu").transpose(1, 2)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device="cpu")
     problem = _problem(q, k, v, o, first, lse, scale)
-    _check_attention(_library().fb_attention(ctypes.addressof(problem), torch.get_num_threads()))
+    check(library().fb_attention(ctypes.addressof(problem), torch.get_num_threads()), "attention")
     return o, lse
 
 
@@ -518,7 +473,7 @@ def attention_backward(
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     problem = _problem(q, k, v, o, first, lse, scale)
     problem.grad, problem.dq, problem.dk, problem.dv = map(_strided, (grad, *grads))
-    _check_attention(_library().fb_attention_grad(ctypes.addressof(problem), torch.get_num_threads()))
+    check(library().fb_attention_grad(ctypes.addressof(problem), torch.get_num_threads()), "attention")
     return grads[0], grads[1], grads[2]
 
 
@@ -537,15 +492,9 @@ def _problem(
         length,
         width,
         scale,
-        _DTYPES[q.dtype],
+        DTYPES[q.dtype],
     )
 
 
 def _strided(x: Tensor) -> _Strided:
     return _Strided(x.data_ptr(), *x.stride()[:3])
-
-
-def _check_attention(status: int) -> None:
-    if status == 2:
-        raise MemoryError("attention: no memory for the keys and values of one head")
-    _check(status, "attention")

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from fourbit.codebooks import check_block_size, check_codebook, check_quant_type
 from fourbit.codebooks import codebook as builtin_codebook
 from fourbit.errors import QuantizationError
-from fourbit.functional import dequantize_4bit, linear_4bit, quantize_4bit
+from fourbit.functional import dequantize_4bit, linear_4bit, parts_of, quantize_4bit
+from fourbit.kernels import product as native
+from fourbit.memory.tracker import without_values
+from fourbit.ops.linear import multiplies_many
 from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 
@@ -151,11 +154,33 @@ class Linear4bit(nn.Linear):
         """The restored weight [out_features, in_features], by default in its original dtype."""
         return dequantize_4bit(self.quantized(), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [.., in_features] to [.., out_features], differentiable in x and bias."""
+    def forward(self, x: Tensor, adapter: native.Adapter | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Map x [.., in_features] to [.., out_features], differentiable in x and bias.
+
+        With an adapter, where `adapts(x)`: y and what gradients need (`kernels.product`), not differentiable.
+        """
+        if adapter is not None:
+            return self._adapted(x, adapter)
         if self.compute_dtype is None:
             return linear_4bit(x, self.quantized(), self.bias)
         return linear_4bit(x.to(self.compute_dtype), self.quantized(), self.bias).to(x.dtype)
+
+    def adapts(self, x: Tensor) -> bool:
+        """Whether one native product does all for rows x [T, ..]: this layer's, an adapter's, its dropout."""
+        own_dtype = self.compute_dtype in (None, x.dtype)
+        return own_dtype and multiplies_many(x, self.in_features * self.out_features)
+
+    def _adapted(self, x: Tensor, adapter: native.Adapter) -> tuple[Tensor, Tensor]:
+        if without_values():
+            return x.new_empty(len(x), self.out_features), x.new_empty(len(x), len(adapter.a))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y, low = native.product(x.contiguous(), self.packed(), bias, adapter)
+        assert low is not None
+        return y, low
+
+    def packed(self) -> native.Packed:
+        """The weight as native products take it."""
+        return native.Packed(self.out_features, self.in_features, *parts_of(self.quantized()))
 
     def reset_parameters(self) -> None:
         raise QuantizationError("a 4-bit weight cannot be initialised; build the layer with from_linear")

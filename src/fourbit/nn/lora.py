@@ -5,12 +5,15 @@
 PEFT owns configuration, names, initialisation, variants and saving; `LoraLinear` is PEFT's
 `lora.Linear` with another forward. The plain case (one active adapter, no variant) runs as one
 autograd function that saves only x (or what x is cheaply made of) and the rank-r product: W is read again
-from its 4-bit bytes in backward, and the dropout mask is made again from its keys. Every other case runs
-PEFT's own code.
+from its 4-bit bytes in backward, and the dropout mask is made again from its keys. Where native code
+multiplies many rows with packed weights, the whole of it is one call forward and one backward; else it is
+composed of products. Every other case runs PEFT's own code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from torch.nn import functional as F
 
 from fourbit import functional as F4
 from fourbit.errors import ModelError
+from fourbit.kernels import product as native
+from fourbit.memory.tracker import without_values
 from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.remake import Remake, remake_of
@@ -129,42 +134,126 @@ class _FusedLora(torch.autograd.Function):
         remake: Remake | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, K]
-        y = _base_product(flat, base)  # [T, N]
-        low = _dropped(flat, p, keys, layer_key) @ lora_a.to(x.dtype).t()  # [T, r]
-        y.addmm_(low, lora_b.to(x.dtype).t(), alpha=scaling)
+        dropout = None if keys is None or p == 0.0 else Dropout(keys, layer_key, p)
+        adapter = Adapter(lora_a.detach(), lora_b.detach(), scaling, dropout)
+        packed = isinstance(base, Linear4bit) and base.adapts(flat)
+        y, low = base(flat, _native(adapter)) if packed else _composed_forward(flat, base, adapter)
         ctx.save_for_backward(low, lora_a, lora_b, *([flat] if remake is None else remake.inputs))
         ctx.remake = None if remake is None else remake.function
-        ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, (p, keys, layer_key), x.shape
+        ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, dropout, x.shape
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         low, lora_a, lora_b, *made_of = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # [T, N]
-        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
-        grad_low = (grad @ b).mul_(ctx.scaling)  # [T, r]
-        grad_b = (grad.t() @ low).to(lora_b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
-        grad_a = None
-        if ctx.needs_input_grad[1]:
-            x = made_of[0] if ctx.remake is None else ctx.remake(*made_of)
-            flat = x.reshape(-1, x.shape[-1])
-            grad_a = (grad_low.t() @ _dropped(flat, *ctx.dropout)).to(lora_a.dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _base_gradient(grad, ctx.base)
-            if ctx.dropout[1] is None:
-                grad_x.addmm_(grad_low, a)
-            else:
-                grad_x += _dropped(grad_low @ a, *ctx.dropout)
+        adapter = Adapter(lora_a, lora_b, ctx.scaling, ctx.dropout)
+        needs = ctx.needs_input_grad[:3]
+
+        def flat() -> Tensor:
+            x: Tensor = made_of[0] if ctx.remake is None else ctx.remake(*made_of)
+            return x.reshape(-1, x.shape[-1])
+
+        base = ctx.base
+        packed = isinstance(base, Linear4bit) and base.adapts(grad)
+        backward = _packed_backward if packed else _composed_backward
+        grad_x, grad_a, grad_b = backward(grad, flat, low, base, adapter, needs)
+        if grad_x is not None:
             grad_x = grad_x.reshape(ctx.shape)
         return grad_x, grad_a, grad_b, None, None, None, None, None, None
 
 
-def _dropped(x: Tensor, p: float, keys: TokenKeys | None, layer_key: int) -> Tensor:
-    """x [T, K] times its mask; the mask is symmetric, so gradients pass through the same call."""
-    if keys is None or p == 0.0:
-        return x
-    return F4.keyed_dropout(x, p, keys.rows, keys.positions, layer=layer_key, seed=keys.seed, step=keys.step)
+@dataclass(frozen=True)
+class Dropout:
+    """A mask on the adapter's input: which tokens, which layer, which rate."""
+
+    keys: TokenKeys
+    layer: int
+    p: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, K] times its mask; the mask is symmetric, so gradients pass through the same call."""
+        keys = self.keys
+        return F4.keyed_dropout(
+            x, self.p, keys.rows, keys.positions, layer=self.layer, seed=keys.seed, step=keys.step
+        )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A fp32 [r, K], B fp32 [N, r], the factor of their product, the dropout of their input."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: Dropout | None
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return x if self.dropout is None else self.dropout(x)
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _packed_backward(
+    grad: Tensor,
+    x: Callable[[], Tensor],
+    low: Tensor,
+    base: Linear4bit,
+    adapter: Adapter,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_adapter = needs[1] or needs[2]
+    given = x().contiguous() if needs_adapter else None
+    if without_values():
+        grad_x = grad.new_empty(len(grad), base.in_features) if needs[0] else None
+        return grad_x, torch.empty_like(adapter.a), torch.empty_like(adapter.b)
+    return native.product_grad(
+        grad.contiguous(),
+        base.packed(),
+        _native(adapter),
+        x=given,
+        low=low,
+        needs_x=needs[0],
+        needs_adapter=needs_adapter,
+    )
+
+
+def _native(adapter: Adapter) -> native.Adapter:
+    dropout = adapter.dropout
+    if dropout is None:
+        return native.Adapter(adapter.a, adapter.b, adapter.scaling)
+    keys = dropout.keys
+    mask = native.Dropout(keys.rows, keys.positions, dropout.layer, keys.seed, keys.step, dropout.p)
+    return native.Adapter(adapter.a, adapter.b, adapter.scaling, mask)
+
+
+def _composed_forward(x: Tensor, base: nn.Linear, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    y = _base_product(x, base)  # [T, N]
+    low = adapter.dropped(x) @ adapter.a.to(x.dtype).t()  # [T, r]
+    return y.addmm_(low, adapter.b.to(x.dtype).t(), alpha=adapter.scaling), low
+
+
+def _composed_backward(
+    grad: Tensor,
+    x: Callable[[], Tensor],
+    low: Tensor,
+    base: nn.Linear,
+    adapter: Adapter,
+    needs: Sequence[bool],
+) -> Gradients:
+    a, b = adapter.a.to(grad.dtype), adapter.b.to(grad.dtype)
+    grad_low = (grad @ b).mul_(adapter.scaling)  # [T, r]
+    grad_b = (grad.t() @ low).to(adapter.b.dtype).mul_(adapter.scaling) if needs[2] else None
+    grad_a = (grad_low.t() @ adapter.dropped(x())).to(adapter.a.dtype) if needs[1] else None
+    grad_x = None
+    if needs[0]:
+        grad_x = _base_gradient(grad, base)
+        if adapter.dropout is None:
+            grad_x.addmm_(grad_low, a)
+        else:
+            grad_x += adapter.dropout(grad_low @ a)
+    return grad_x, grad_a, grad_b
 
 
 def _base_product(x: Tensor, base: nn.Linear) -> Tensor:

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from fourbit.errors import QuantizationError
 from fourbit.kernels import native
+from fourbit.kernels.product import Packed, has_product, product_grad
+from fourbit.kernels.product import product as native_product
 from fourbit.ops.codec import check_float, check_parts, restored
 from fourbit.ops.library import LIBRARY, define, runs_native
 from fourbit.shapes import with_rounded_rows
 
 #: Up to this many rows, native code multiplies with the packed weight.
 FEW_ROWS = 16
+
+_PRODUCTS = (torch.float32, torch.bfloat16)
 
 _PARTS = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor codebook, int block_size"
 
@@ -47,9 +51,10 @@ def _check(
         )
 
 
-def _by_panels(rows: Tensor, features: int) -> bool:
-    """Whether native code multiplies rows [M, ..] with a weight that has so many features on the other side."""
-    return rows.numel() > 0 and features > 0 and runs_native(rows) and native.has_product(rows.dtype)
+def multiplies_many(rows: Tensor, weights: int) -> bool:
+    """Whether native code multiplies rows [M, ..], more than few, with a packed weight of so many values."""
+    many = rows.shape[0] > FEW_ROWS and weights > 0
+    return many and runs_native(rows) and rows.dtype in _PRODUCTS and has_product(rows.dtype)
 
 
 def _linear(
@@ -70,15 +75,14 @@ def _linear(
         y = native.linear_4bit(
             rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
         )
-    elif _by_panels(rows, out_features):
-        y = native.product_4bit(
-            rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
-        )
+    elif multiplies_many(rows, out_features * in_features):
+        weight = Packed(out_features, in_features, codes, absmax, nested, offset, codebook, block_size)
+        y, _ = native_product(rows.contiguous(), weight, bias)
     else:
         shape = (out_features, in_features)
-        weight = restored(shape, x.dtype, codes, absmax, nested, offset, codebook, block_size)
+        dense = restored(shape, x.dtype, codes, absmax, nested, offset, codebook, block_size)
         padded = with_rounded_rows(rows)
-        y = padded @ weight.T if bias is None else torch.addmm(bias, padded, weight.T)
+        y = padded @ dense.T if bias is None else torch.addmm(bias, padded, dense.T)
         y = y[: rows.shape[0]]
     return y.view(*x.shape[:-1], out_features)
 
@@ -113,22 +117,14 @@ def _linear_backward(
 ) -> Tensor:
     _check(grad, codes, absmax, nested, offset, block_size, in_features)
     rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
-    if _by_panels(rows, in_features):
-        product = native.product_4bit(
-            rows.contiguous(),
-            codes,
-            absmax,
-            nested,
-            offset,
-            codebook,
-            block_size,
-            in_features,
-            gradient=True,
-        )
+    if multiplies_many(rows, in_features * grad.shape[-1]):
+        weight = Packed(grad.shape[-1], in_features, codes, absmax, nested, offset, codebook, block_size)
+        product, _, _ = product_grad(rows.contiguous(), weight)
+        assert product is not None
     else:
         shape = (grad.shape[-1], in_features)
-        weight = restored(shape, grad.dtype, codes, absmax, nested, offset, codebook, block_size)
-        product = (with_rounded_rows(rows) @ weight)[: rows.shape[0]]
+        dense = restored(shape, grad.dtype, codes, absmax, nested, offset, codebook, block_size)
+        product = (with_rounded_rows(rows) @ dense)[: rows.shape[0]]
     return product.view(*grad.shape[:-1], in_features)
 
 

@@ -1,0 +1,160 @@
+// Blocks of operands in the order in which the many-row product meets them.
+//
+// A word is 32 bits: one fp32 value, or two of bf16 that are neighbours in depth, the dimension summed over.
+//
+//   tile   [words][height]   some rows of the left operand
+//   panel  [words][lanes]    some columns of the right one
+//   sums   [height][lanes]   fp32
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "codec.h"
+#include "convert.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace {
+
+// Depth of a panel in words: 32 KiB of bf16, 16 of fp32, whose longer sums would be less exact.
+constexpr int64_t MOST_WORDS = 256, MOST_WIDE_WORDS = 128, MOST_LANES = 32, MOST_HEIGHT = 12;
+// Bytes between lines, not a power of two: else they would all compete for the same places in the cache.
+constexpr int64_t LINE_STRIDE = 4 * MOST_WORDS + 64, LINES_BYTES = MOST_LANES * LINE_STRIDE;
+
+// Memory of a thread, kept between calls; contents are lost where it grows. Null where there is none.
+struct Room {
+    char* data = nullptr;
+    int64_t size = 0;
+    ~Room() { ::operator delete(data, std::align_val_t(64)); }
+
+    template <class T>
+    T* at_least(int64_t count) {
+        const int64_t wanted = std::max<int64_t>(1, count) * int64_t(sizeof(T));
+        if (wanted > size) {
+            ::operator delete(data, std::align_val_t(64));
+            data = static_cast<char*>(::operator new(size_t(wanted), std::align_val_t(64), std::nothrow));
+            size = data ? wanted : 0;
+        }
+        return reinterpret_cast<T*>(data);
+    }
+};
+
+inline int64_t per_word(int dtype) { return dtype == FP32 ? 1 : 2; }
+inline int64_t words_of(int64_t depth, int dtype) { return ceil_div(depth, per_word(dtype)); }
+
+// Words of one panel where `words` are cut into equal ones, in steps of 32: whole vectors of codes.
+inline int64_t panel_words(int64_t words, int dtype) {
+    const int64_t panels = ceil_div(words, dtype == FP32 ? MOST_WIDE_WORDS : MOST_WORDS);
+    return ceil_div(ceil_div(words, panels), 32) * 32;
+}
+
+// Rows of a matrix that lies in memory, `depth` values each.
+struct Rows {
+    const void* data;
+    int64_t depth;
+    int dtype;
+
+    int64_t bytes() const { return depth * dtype_bytes(dtype); }
+    const char* row(int64_t i) const { return static_cast<const char*>(data) + i * bytes(); }
+};
+
+// Rows first .. first + real as a tile of `height`; what is missing is zero.
+inline void pack_tile(const ProductKernels& k, const Rows& rows, int64_t first, int64_t real, int64_t height,
+                      uint32_t* tile) {
+    const int64_t stride = rows.bytes(), whole = stride / 4;
+    k.transpose(rows.row(first), stride, real, whole, tile, height);
+    if (stride % 4 == 0) return;
+    uint32_t* last = tile + whole * height;
+    std::memset(last, 0, size_t(4 * height));
+    for (int64_t r = 0; r < real; ++r) std::memcpy(last + r, rows.row(first + r) + 4 * whole, 2);
+}
+
+// A frozen weight [N, K] in 4 bits, its scales restored.
+struct Weight {
+    int64_t N, K;
+    const uint8_t* codes;
+    const float* absmax;
+    int64_t block_size;
+    const float* codebook;
+    int dtype;  // to which it is restored
+
+    // count values of row n from column k on.
+    void restore(int64_t n, int64_t k, int64_t count, void* out) const {
+        const int64_t start = n * K + k;
+        dequantize_span(codes, absmax + start / block_size, start, count, block_size, codebook, out, dtype,
+                        false);
+    }
+
+    // Rows first .. first + lanes as columns of a panel, words start .. start + count of each. `lines`: scratch.
+    void rows_panel(const ProductKernels& k, int64_t first, int64_t start, int64_t count, char* lines,
+                    uint32_t* panel) const {
+        const int64_t real = std::min(k.lanes, N - first), from = start * per_word(dtype);
+        const int64_t values = std::min(count * per_word(dtype), K - from), bytes = values * dtype_bytes(dtype);
+        for (int64_t lane = 0; lane < real; ++lane) {
+            char* line = lines + lane * LINE_STRIDE;
+            restore(first + lane, from, values, line);
+            std::memset(line + bytes, 0, size_t(4 * count - bytes));
+        }
+        k.transpose(lines, LINE_STRIDE, real, count, panel, k.lanes);
+    }
+
+    // Columns first .. first + lanes as they are, words start .. start + count made of its rows.
+    void columns_panel(const ProductKernels& k, int64_t first, int64_t start, int64_t count,
+                       uint32_t* panel) const {
+        const int64_t from = start * per_word(dtype), rows = std::min(count * per_word(dtype), N - from);
+        const int64_t at = from * K + first;
+        if (K % block_size == 0) {
+            k.columns(codes + at / 2, K / 2, absmax + at / block_size, K / block_size, rows, codebook, panel);
+            return;
+        }
+        const int64_t width = std::min(k.lanes, K - first);
+        alignas(64) char lines[2][4 * MOST_LANES] = {};
+        for (int64_t w = 0; w < count; ++w) {
+            const int64_t n = from + w * per_word(dtype);
+            restore(n, first, width, lines[0]);
+            const bool second = dtype != FP32 && n + 1 < N;
+            if (second) restore(n + 1, first, width, lines[1]);
+            k.interleave(lines[0], second ? lines[1] : nullptr, ~0u, ~0u, width, panel + w * k.lanes);
+        }
+    }
+};
+
+// Lanes first .. first + lanes of rows from .. from + count as they lie in memory; words are made of the rows.
+// kept: bits of the values that count, [rows, mask_words], or null for all.
+inline void pack_columns(const ProductKernels& k, const Rows& rows, int64_t first, int64_t from, int64_t count,
+                         const uint32_t* kept, int64_t mask_words, uint32_t* panel) {
+    const int64_t width = std::min(k.lanes, rows.depth - first), step = per_word(rows.dtype);
+    const auto bits = [&](int64_t row) {
+        return kept ? kept[row * mask_words + first / 32] >> (first % 32) : ~0u;
+    };
+    for (int64_t i = 0; i < count; i += step) {
+        const bool second = step == 2 && i + 1 < count;
+        const char* at = rows.row(from + i) + first * dtype_bytes(rows.dtype);
+        k.interleave(at, second ? at + rows.bytes() : nullptr, bits(from + i), second ? bits(from + i + 1) : 0u,
+                     width, panel + i / step * k.lanes);
+    }
+}
+
+// sums [rows, lanes] = or += tiles times a panel; tiles hold `words` words each, of which the panel is some.
+inline void multiply_tiles(const ProductKernels& k, const uint32_t* tiles, int64_t rows, int64_t words,
+                           int64_t start, int64_t count, const uint32_t* panel, bool add, float* sums) {
+    for (int64_t row = 0; row < rows; row += k.rows) {
+        const int64_t height = k.height(std::min(k.rows, rows - row));
+        k.multiply(tiles + row * words + start * height, panel, count, height, add, sums + row * k.lanes);
+    }
+}
+
+// count values of fp32 times scale, in k's dtype of so many bytes.
+inline void narrow(const ProductKernels& k, const float* values, int64_t count, float scale, int64_t bytes, char* out) {
+    const float none[MOST_LANES] = {};
+    for (int64_t i = 0; i < count; i += k.lanes) {
+        float some[MOST_LANES];
+        const int64_t width = std::min(k.lanes, count - i);
+        for (int64_t j = 0; j < width; ++j) some[j] = values[i + j] * scale;
+        k.store(some, none, width, out + i * bytes);
+    }
+}
+
+}  // namespace

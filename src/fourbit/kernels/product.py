@@ -1,0 +1,163 @@
+"""The many-row product with a packed weight and an adapter, and its gradients, in C++.
+
+Takes CPU tensors whose sizes and dtypes the callers have checked. The weight, A and B are taken in x's dtype;
+sums are fp32 and rounded once, at the end. A row of the result does not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourbit.codebooks import dynamic_map
+from fourbit.kernels import native
+
+
+class _Product(ctypes.Structure):
+    """FbProduct of csrc/fourbit.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("rows", "in_features", "out_features")),
+        ("dtype", c_int),
+        *((name, c_void_p) for name in ("codes", "absmax", "nested_absmax", "offset", "map")),
+        ("block_size", c_int64),
+        *((name, c_void_p) for name in ("codebook", "bias", "y")),
+        ("rank", c_int64),
+        *((name, c_void_p) for name in ("a", "b")),
+        ("scaling", c_float),
+        *((name, c_void_p) for name in ("low", "row", "position")),
+        *((name, c_int64) for name in ("layer", "seed", "step")),
+        ("p", c_double),
+        *((name, c_void_p) for name in ("grad", "grad_x", "grad_a", "grad_b")),
+    )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [out_features, in_features] as its parts (`ops.codec`)."""
+
+    out_features: int
+    in_features: int
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    codebook: Tensor
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Keys of a dropout mask (`reference.dropout_mask`): row and position int64 [M]."""
+
+    row: Tensor
+    position: Tensor
+    layer: int
+    seed: int
+    step: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A fp32 [r, in_features], B fp32 [out_features, r], the factor of their product, dropout of its input."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: Dropout | None = None
+
+
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether the instruction set in use has this product for this dtype."""
+    return bool(native.library().fb_has_product(native.DTYPES[dtype]))
+
+
+def product(
+    x: Tensor, weight: Packed, bias: Tensor | None = None, adapter: Adapter | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x [M, in_features] times the weight transposed, plus bias, plus what the adapter adds.
+
+    x is contiguous, bias of x's dtype. Returns y [M, out_features] and, with an adapter, what gradients need:
+    low = dropout(x) A^T [M, r]; both of x's dtype.
+    """
+    y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device="cpu")
+    low = None if adapter is None else torch.empty(x.shape[0], len(adapter.a), dtype=x.dtype, device="cpu")
+    _run("fb_product", weight, adapter, x.shape[0], x.dtype, x=x, bias=bias, y=y, low=low)
+    return y, low
+
+
+def product_grad(
+    grad: Tensor,
+    weight: Packed,
+    adapter: Adapter | None = None,
+    *,
+    x: Tensor | None = None,
+    low: Tensor | None = None,
+    needs_x: bool = True,
+    needs_adapter: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients in x, of its dtype, and in A and B, fp32; None where not needed.
+
+    grad is contiguous, [M, out_features]; the adapter's gradients need the x and low of `product`.
+    """
+    rows, dtype = grad.shape[0], grad.dtype
+    grad_x = torch.empty(rows, weight.in_features, dtype=dtype, device="cpu") if needs_x else None
+    grad_a = torch.empty_like(adapter.a) if adapter is not None and needs_adapter else None
+    grad_b = torch.empty_like(adapter.b) if adapter is not None and needs_adapter else None
+    _run(
+        "fb_product_grad",
+        weight,
+        adapter,
+        rows,
+        dtype,
+        x=x,
+        low=low,
+        grad=grad,
+        grad_x=grad_x,
+        grad_a=grad_a,
+        grad_b=grad_b,
+    )
+    return grad_x, grad_a, grad_b
+
+
+def _run(
+    name: str,
+    weight: Packed,
+    adapter: Adapter | None,
+    rows: int,
+    dtype: torch.dtype,
+    **tensors: Tensor | None,
+) -> None:
+    held = {
+        **tensors,
+        "codes": weight.codes.contiguous(),
+        "absmax": weight.absmax.contiguous(),
+        "nested_absmax": weight.nested_absmax,
+        "offset": weight.offset,
+        "map": dynamic_map(),
+        "codebook": weight.codebook,
+    }
+    problem = _Product(
+        rows=rows,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        dtype=native.DTYPES[dtype],
+        block_size=weight.block_size,
+    )
+    if adapter is not None:
+        held |= {"a": adapter.a.contiguous(), "b": adapter.b.contiguous()}
+        problem.rank, problem.scaling = len(adapter.a), adapter.scaling
+        if (dropout := adapter.dropout) is not None:
+            held |= {"row": dropout.row.contiguous(), "position": dropout.position.contiguous()}
+            problem.layer, problem.seed, problem.step = dropout.layer, dropout.seed, dropout.step
+            problem.p = dropout.p
+    for field, tensor in held.items():
+        setattr(problem, field, native.address(tensor))
+    function = getattr(native.library(), name)
+    native.check(function(ctypes.addressof(problem), torch.get_num_threads()), name)
