@@ -80,6 +80,7 @@ typedef struct {
     const float* codebook;
     const void* bias;  // or null
     void* y;
+    int few;       // whether y is first what fb_linear_4bit gives, rounded, and then what the adapter adds
     int64_t rank;  // r; 0 for no adapter, and nothing of what follows up to grad
     const float *a, *b;  // [r,K], [N,r]
     float scaling;

@@ -222,6 +222,30 @@ const uint32_t* up_panel(Call& c, int64_t first, bool gradient) {
     return panel;
 }
 
+// y += what the adapter adds, for rows that were multiplied with the packed codes themselves.
+void add_adapter(Call& c) {
+    const FbProduct& p = c.p;
+    const int64_t words = c.low_words();
+    parallel_for(ceil_div(p.out_features, c.k.lanes), c.threads, [&](int64_t task) {
+        const int64_t lane = task * c.k.lanes, width = std::min(c.k.lanes, p.out_features - lane);
+        const uint32_t* panel = up_panel(c, lane, false);
+        uint32_t* tile = tiles_room.at_least<uint32_t>(words * c.k.rows);
+        packed = {0, 0};
+        if (!panel || !c.has(tile)) return;
+        for (int64_t row = 0; row < p.rows; row += c.k.rows) {
+            const int64_t real = std::min(c.k.rows, p.rows - row);
+            float sums[MOST_HEIGHT * MOST_LANES], before[MOST_LANES] = {};
+            pack_tile(c.k, Rows{p.low, p.rank, p.dtype}, row, real, c.k.height(real), tile);
+            multiply_tiles(c.k, tile, real, words, 0, words, panel, false, sums);
+            for (int64_t r = 0; r < real; ++r) {
+                char* y = static_cast<char*>(p.y) + ((row + r) * p.out_features + lane) * dtype_bytes(p.dtype);
+                for (int64_t i = 0; i < width; ++i) before[i] = load_value(y, p.dtype, i);
+                c.k.store(sums + r * c.k.lanes, before, width, y);
+            }
+        }
+    });
+}
+
 void forward(Call& c) {
     const FbProduct& p = c.p;
     const Rows x{p.x, p.in_features, p.dtype};
@@ -237,6 +261,14 @@ void forward(Call& c) {
             return Rows{dropped, x.depth, x.dtype};
         });
     }
+    if (p.few) {
+        fb_linear_4bit(p.x, p.dtype, p.rows, p.in_features, p.out_features, p.codes, p.absmax, p.nested_absmax,
+                       p.offset, p.map, p.block_size, p.codebook, p.bias, p.y, c.threads);
+        if (p.rank) add_adapter(c);
+        return;
+    }
+    restore_scales(c);
+    if (!c.enough.load(std::memory_order_relaxed)) return;
     for_panels(c, x, p.low, p.out_features, [&](int64_t first, int64_t rows, const uint32_t* tiles,
                                                const uint32_t* low_tiles, int64_t panel) {
         const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.out_features - lane);
@@ -351,6 +383,8 @@ void backward(Call& c) {
     const uint32_t* bits = c.drops() ? kept_bits(c) : nullptr;
     if (!c.enough.load(std::memory_order_relaxed)) return;
     const float kept_scale = c.drops() ? c.dropout_row(0, nullptr).scale : 1.0f;
+    if (p.grad_x) restore_scales(c);
+    if (!c.enough.load(std::memory_order_relaxed)) return;
     if (p.grad_x) gradient_of_x(c, grad, grad_low, bits, kept_scale);
     if (p.rank && p.grad_a) {
         gradient_of_adapter(c, grad_low, x, bits, kept_scale, false, p.grad_a);
@@ -367,8 +401,7 @@ int run(const FbProduct& p, int threads, void (*work)(Call&)) {
     if (!kernels || p.rows <= 0 || p.in_features <= 0 || p.out_features <= 0 || p.rank < 0) return 1;
     if (!valid_block_size(p.block_size) || !(p.p >= 0.0 && p.p * 65536.0 + 0.5 < 65536.0)) return 1;
     Call call(p, *kernels, threads);
-    restore_scales(call);
-    if (call.enough.load(std::memory_order_relaxed)) work(call);
+    work(call);
     return call.enough.load(std::memory_order_relaxed) ? 0 : 2;
 }
 

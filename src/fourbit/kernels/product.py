@@ -27,6 +27,7 @@ class _Product(ctypes.Structure):
         *((name, c_void_p) for name in ("codes", "absmax", "nested_absmax", "offset", "map")),
         ("block_size", c_int64),
         *((name, c_void_p) for name in ("codebook", "bias", "y")),
+        ("few", c_int),
         ("rank", c_int64),
         *((name, c_void_p) for name in ("a", "b")),
         ("scaling", c_float),
@@ -37,9 +38,9 @@ class _Product(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight [out_features, in_features] as its parts (`ops.codec`)."""
+    """A weight [out_features, in_features] as its parts (`ops.codec`), contiguous."""
 
     out_features: int
     in_features: int
@@ -51,9 +52,9 @@ class Packed:
     block_size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dropout:
-    """Keys of a dropout mask (`reference.dropout_mask`): row and position int64 [M]."""
+    """Keys of a dropout mask (`reference.dropout_mask`): row and position int64 [M], contiguous."""
 
     row: Tensor
     position: Tensor
@@ -63,9 +64,12 @@ class Dropout:
     p: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Adapter:
-    """A fp32 [r, in_features], B fp32 [out_features, r], the factor of their product, dropout of its input."""
+    """A fp32 [r, in_features] and B fp32 [out_features, r], contiguous, and the factor of their product.
+
+    dropout: of the input
+    """
 
     a: Tensor
     b: Tensor
@@ -79,16 +83,26 @@ def has_product(dtype: torch.dtype) -> bool:
 
 
 def product(
-    x: Tensor, weight: Packed, bias: Tensor | None = None, adapter: Adapter | None = None
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor | None = None,
+    adapter: Adapter | None = None,
+    *,
+    few: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """x [M, in_features] times the weight transposed, plus bias, plus what the adapter adds.
 
-    x is contiguous, bias of x's dtype. Returns y [M, out_features] and, with an adapter, what gradients need:
-    low = dropout(x) A^T [M, r]; both of x's dtype.
+    x is contiguous, bias of x's dtype. With few, for a few rows, the base's part is what `native.linear_4bit`
+    gives, and the adapter's is added to it. Returns y [M, out_features] and, with an adapter, what gradients
+    need: low = dropout(x) A^T [M, r]; both of x's dtype.
     """
     y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device="cpu")
     low = None if adapter is None else torch.empty(x.shape[0], len(adapter.a), dtype=x.dtype, device="cpu")
-    _run("fb_product", weight, adapter, x.shape[0], x.dtype, x=x, bias=bias, y=y, low=low)
+    problem = _problem(weight, adapter, x.shape[0], x.dtype)
+    problem.x, problem.bias, problem.y = x.data_ptr(), native.address(bias), y.data_ptr()
+    problem.low, problem.few = native.address(low), few
+    status = native.library().fb_product(ctypes.addressof(problem), torch.get_num_threads())
+    native.check(status, "a 4-bit product")
     return y, low
 
 
@@ -110,54 +124,35 @@ def product_grad(
     grad_x = torch.empty(rows, weight.in_features, dtype=dtype, device="cpu") if needs_x else None
     grad_a = torch.empty_like(adapter.a) if adapter is not None and needs_adapter else None
     grad_b = torch.empty_like(adapter.b) if adapter is not None and needs_adapter else None
-    _run(
-        "fb_product_grad",
-        weight,
-        adapter,
-        rows,
-        dtype,
-        x=x,
-        low=low,
-        grad=grad,
-        grad_x=grad_x,
-        grad_a=grad_a,
-        grad_b=grad_b,
-    )
+    problem = _problem(weight, adapter, rows, dtype)
+    problem.x, problem.low, problem.grad = native.address(x), native.address(low), grad.data_ptr()
+    problem.grad_x = native.address(grad_x)
+    problem.grad_a, problem.grad_b = native.address(grad_a), native.address(grad_b)
+    status = native.library().fb_product_grad(ctypes.addressof(problem), torch.get_num_threads())
+    native.check(status, "the gradient of a 4-bit product")
     return grad_x, grad_a, grad_b
 
 
-def _run(
-    name: str,
-    weight: Packed,
-    adapter: Adapter | None,
-    rows: int,
-    dtype: torch.dtype,
-    **tensors: Tensor | None,
-) -> None:
-    held = {
-        **tensors,
-        "codes": weight.codes.contiguous(),
-        "absmax": weight.absmax.contiguous(),
-        "nested_absmax": weight.nested_absmax,
-        "offset": weight.offset,
-        "map": dynamic_map(),
-        "codebook": weight.codebook,
-    }
+def _problem(weight: Packed, adapter: Adapter | None, rows: int, dtype: torch.dtype) -> _Product:
+    """Without what is read and written. Tensors are contiguous, and must stay alive: it holds addresses."""
     problem = _Product(
         rows=rows,
         in_features=weight.in_features,
         out_features=weight.out_features,
         dtype=native.DTYPES[dtype],
+        codes=weight.codes.data_ptr(),
+        absmax=weight.absmax.data_ptr(),
+        nested_absmax=native.address(weight.nested_absmax),
+        offset=native.address(weight.offset),
+        map=dynamic_map().data_ptr(),
         block_size=weight.block_size,
+        codebook=weight.codebook.data_ptr(),
     )
     if adapter is not None:
-        held |= {"a": adapter.a.contiguous(), "b": adapter.b.contiguous()}
+        problem.a, problem.b = adapter.a.data_ptr(), adapter.b.data_ptr()
         problem.rank, problem.scaling = len(adapter.a), adapter.scaling
         if (dropout := adapter.dropout) is not None:
-            held |= {"row": dropout.row.contiguous(), "position": dropout.position.contiguous()}
+            problem.row, problem.position = dropout.row.data_ptr(), dropout.position.data_ptr()
             problem.layer, problem.seed, problem.step = dropout.layer, dropout.seed, dropout.step
             problem.p = dropout.p
-    for field, tensor in held.items():
-        setattr(problem, field, native.address(tensor))
-    function = getattr(native.library(), name)
-    native.check(function(ctypes.addressof(problem), torch.get_num_threads()), name)
+    return problem

@@ -56,6 +56,13 @@ def without_values() -> bool:
     return detect_fake_mode() is not None
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor is more than a shape: the same question, of one tensor and cheaper."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(tensor, FakeTensor)
+
+
 def fake_tensors() -> Any:
     """A mode in which new tensors take no memory; real ones (codebooks) may be read.
 

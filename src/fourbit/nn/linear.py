@@ -13,16 +13,18 @@ The bytes are bitsandbytes' and are never rewritten: what trains is what was loa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fourbit.codebooks import check_block_size, check_codebook, check_quant_type
 from fourbit.codebooks import codebook as builtin_codebook
 from fourbit.errors import QuantizationError
-from fourbit.functional import dequantize_4bit, linear_4bit, parts_of, quantize_4bit
+from fourbit.functional import dequantize_4bit, linear_4bit, quantize_4bit
 from fourbit.kernels import product as native
-from fourbit.memory.tracker import without_values
-from fourbit.ops.linear import multiplies_many
+from fourbit.memory.tracker import has_values
+from fourbit.ops.linear import FEW_ROWS, multiplies_panels
 from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 
@@ -132,12 +134,7 @@ class Linear4bit(nn.Linear):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor that shares memory with the parameters."""
-        absmax, nested_absmax, offset = self.weight_absmax.detach(), None, None
-        if self.weight_consts is None:
-            absmax = _as_fp32(absmax)
-        else:
-            constants = _as_fp32(self.weight_consts.detach())
-            nested_absmax, offset = constants[:-1], constants[-1]
+        absmax, nested_absmax, offset = self._scales()
         return QuantizedTensor(
             codes=self.weight.detach(),
             absmax=absmax,
@@ -154,7 +151,7 @@ class Linear4bit(nn.Linear):
         """The restored weight [out_features, in_features], by default in its original dtype."""
         return dequantize_4bit(self.quantized(), dtype)
 
-    def forward(self, x: Tensor, adapter: native.Adapter | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, adapter: native.Adapter | None = None) -> Any:
         """Map x [.., in_features] to [.., out_features], differentiable in x and bias.
 
         With an adapter, where `adapts(x)`: y and what gradients need (`kernels.product`), not differentiable.
@@ -168,19 +165,36 @@ class Linear4bit(nn.Linear):
     def adapts(self, x: Tensor) -> bool:
         """Whether one native product does all for rows x [T, ..]: this layer's, an adapter's, its dropout."""
         own_dtype = self.compute_dtype in (None, x.dtype)
-        return own_dtype and multiplies_many(x, self.in_features * self.out_features)
+        return own_dtype and multiplies_panels(x, self.in_features * self.out_features)
 
     def _adapted(self, x: Tensor, adapter: native.Adapter) -> tuple[Tensor, Tensor]:
-        if without_values():
+        if not has_values(x):
             return x.new_empty(len(x), self.out_features), x.new_empty(len(x), len(adapter.a))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y, low = native.product(x.contiguous(), self.packed(), bias, adapter)
+        y, low = native.product(x.contiguous(), self.packed(), bias, adapter, few=len(x) <= FEW_ROWS)
         assert low is not None
         return y, low
 
     def packed(self) -> native.Packed:
         """The weight as native products take it."""
-        return native.Packed(self.out_features, self.in_features, *parts_of(self.quantized()))
+        absmax, nested_absmax, offset = self._scales()
+        return native.Packed(
+            self.out_features,
+            self.in_features,
+            self.weight,
+            absmax,
+            nested_absmax,
+            offset,
+            self.codebook,
+            self.block_size,
+        )
+
+    def _scales(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        absmax = self.weight_absmax.detach()
+        if self.weight_consts is None:
+            return _as_fp32(absmax), None, None
+        constants = _as_fp32(self.weight_consts.detach())
+        return absmax, constants[:-1], constants[-1]
 
     def reset_parameters(self) -> None:
         raise QuantizationError("a 4-bit weight cannot be initialised; build the layer with from_linear")

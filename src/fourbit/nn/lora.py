@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fourbit import functional as F4
 from fourbit.errors import ModelError
 from fourbit.kernels import product as native
-from fourbit.memory.tracker import without_values
+from fourbit.memory.tracker import has_values
 from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.remake import Remake, remake_of
@@ -48,16 +48,16 @@ class LoraLinear(PeftLinear):
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         keys = self.key_source.current if p > 0 and self.key_source is not None else None
+        a: Any = self.lora_A[adapter].weight
+        b: Any = self.lora_B[adapter].weight
+        base: Any = self.get_base_layer()
+        scaling = float(self.scaling[adapter])
+        if not torch.is_grad_enabled():
+            flat = x.reshape(-1, x.shape[-1])
+            y, _ = _product(flat, base, _adapter(a, b, scaling, p, keys, self.layer_key))
+            return y.reshape(*x.shape[:-1], -1)
         fused: Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
-            x,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.get_base_layer(),
-            float(self.scaling[adapter]),
-            p,
-            keys,
-            self.layer_key,
-            remake_of(x),
+            x, a, b, base, scaling, p, keys, self.layer_key, remake_of(x)
         )
         return fused
 
@@ -134,13 +134,11 @@ class _FusedLora(torch.autograd.Function):
         remake: Remake | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, K]
-        dropout = None if keys is None or p == 0.0 else Dropout(keys, layer_key, p)
-        adapter = Adapter(lora_a.detach(), lora_b.detach(), scaling, dropout)
-        packed = isinstance(base, Linear4bit) and base.adapts(flat)
-        y, low = base(flat, _native(adapter)) if packed else _composed_forward(flat, base, adapter)
+        adapter = _adapter(lora_a, lora_b, scaling, p, keys, layer_key)
+        y, low = _product(flat, base, adapter)
         ctx.save_for_backward(low, lora_a, lora_b, *([flat] if remake is None else remake.inputs))
         ctx.remake = None if remake is None else remake.function
-        ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, dropout, x.shape
+        ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, adapter.dropout, x.shape
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
@@ -192,6 +190,21 @@ class Adapter:
         return x if self.dropout is None else self.dropout(x)
 
 
+def _adapter(
+    a: Tensor, b: Tensor, scaling: float, p: float, keys: TokenKeys | None, layer_key: int
+) -> Adapter:
+    dropout = None if keys is None or p == 0.0 else Dropout(keys, layer_key, p)
+    return Adapter(a.detach(), b.detach(), scaling, dropout)
+
+
+def _product(x: Tensor, base: nn.Linear, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """y [T, N] and low [T, r] of x [T, K]."""
+    if isinstance(base, Linear4bit) and base.adapts(x):
+        results: tuple[Tensor, Tensor] = base(x, _native(adapter))  # called, for hooks on the base
+        return results
+    return _composed_forward(x, base, adapter)
+
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -205,10 +218,10 @@ def _packed_backward(
 ) -> Gradients:
     needs_adapter = needs[1] or needs[2]
     given = x().contiguous() if needs_adapter else None
-    if without_values():
+    if not has_values(grad):
         grad_x = grad.new_empty(len(grad), base.in_features) if needs[0] else None
         return grad_x, torch.empty_like(adapter.a), torch.empty_like(adapter.b)
-    return native.product_grad(
+    grad_x, grad_a, grad_b = native.product_grad(
         grad.contiguous(),
         base.packed(),
         _native(adapter),
@@ -217,15 +230,19 @@ def _packed_backward(
         needs_x=needs[0],
         needs_adapter=needs_adapter,
     )
+    if grad_a is not None and grad_b is not None:
+        grad_a, grad_b = grad_a.to(adapter.a.dtype), grad_b.to(adapter.b.dtype)
+    return grad_x, grad_a, grad_b
 
 
 def _native(adapter: Adapter) -> native.Adapter:
     dropout = adapter.dropout
+    a, b = adapter.a.float().contiguous(), adapter.b.float().contiguous()
     if dropout is None:
-        return native.Adapter(adapter.a, adapter.b, adapter.scaling)
+        return native.Adapter(a, b, adapter.scaling)
     keys = dropout.keys
     mask = native.Dropout(keys.rows, keys.positions, dropout.layer, keys.seed, keys.step, dropout.p)
-    return native.Adapter(adapter.a, adapter.b, adapter.scaling, mask)
+    return native.Adapter(a, b, adapter.scaling, mask)
 
 
 def _composed_forward(x: Tensor, base: nn.Linear, adapter: Adapter) -> tuple[Tensor, Tensor]:

@@ -51,10 +51,10 @@ def _check(
         )
 
 
-def multiplies_many(rows: Tensor, weights: int) -> bool:
-    """Whether native code multiplies rows [M, ..], more than few, with a packed weight of so many values."""
-    many = rows.shape[0] > FEW_ROWS and weights > 0
-    return many and runs_native(rows) and rows.dtype in _PRODUCTS and has_product(rows.dtype)
+def multiplies_panels(rows: Tensor, weights: int) -> bool:
+    """Whether native code multiplies rows [M, ..] with panels of a packed weight of so many values."""
+    some = rows.shape[0] > 0 and weights > 0
+    return some and rows.dtype in _PRODUCTS and runs_native(rows) and has_product(rows.dtype)
 
 
 def _linear(
@@ -75,8 +75,17 @@ def _linear(
         y = native.linear_4bit(
             rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
         )
-    elif multiplies_many(rows, out_features * in_features):
-        weight = Packed(out_features, in_features, codes, absmax, nested, offset, codebook, block_size)
+    elif multiplies_panels(rows, out_features * in_features):
+        weight = Packed(
+            out_features,
+            in_features,
+            codes.contiguous(),
+            absmax.contiguous(),
+            nested,
+            offset,
+            codebook,
+            block_size,
+        )
         y, _ = native_product(rows.contiguous(), weight, bias)
     else:
         shape = (out_features, in_features)
@@ -117,7 +126,7 @@ def _linear_backward(
 ) -> Tensor:
     _check(grad, codes, absmax, nested, offset, block_size, in_features)
     rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
-    if multiplies_many(rows, in_features * grad.shape[-1]):
+    if multiplies_panels(rows, in_features * grad.shape[-1]):
         weight = Packed(grad.shape[-1], in_features, codes, absmax, nested, offset, codebook, block_size)
         product, _, _ = product_grad(rows.contiguous(), weight)
         assert product is not None
