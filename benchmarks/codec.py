@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -27,10 +25,9 @@ from typing import Any
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
+from machine import machine
 
-import fourbit
 from fourbit import functional as F4
-from fourbit.kernels import native
 from fourbit.nn.linear import Linear4bit
 from fourbit.ops import restore_into
 
@@ -161,22 +158,6 @@ def compare(
         "target": TARGETS[name],
         "weights_per_second": SHAPE[0] * SHAPE[1] / own * 1e3,
         "turns_ms": times,
-    }
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "threads": torch.get_num_threads(),
-        "instruction_set": native.isa() if native.available() else "none: the reference ran",
-        "torch": torch.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-        "fourbit": fourbit.__version__,
-        "python": platform.python_version(),
     }
 
 

@@ -16,13 +16,6 @@
 #include "kernels.h"
 #include "parallel.h"
 
-namespace {
-
-// Depth of a panel in words: 32 KiB of bf16, 16 of fp32, whose longer sums would be less exact.
-constexpr int64_t MOST_WORDS = 256, MOST_WIDE_WORDS = 128, MOST_LANES = 32, MOST_HEIGHT = 12;
-// Bytes between lines, not a power of two: else they would all compete for the same places in the cache.
-constexpr int64_t LINE_STRIDE = 4 * MOST_WORDS + 64, LINES_BYTES = MOST_LANES * LINE_STRIDE;
-
 // Memory of a thread, kept between calls; contents are lost where it grows. Null where there is none.
 struct Room {
     char* data = nullptr;
@@ -40,6 +33,13 @@ struct Room {
         return reinterpret_cast<T*>(data);
     }
 };
+
+namespace {
+
+// Depth of a panel in words: 32 KiB of bf16, 16 of fp32, whose longer sums would be less exact.
+constexpr int64_t MOST_WORDS = 256, MOST_WIDE_WORDS = 128, MOST_LANES = 32, MOST_HEIGHT = 12;
+// Bytes between lines, not a power of two: else they would all compete for the same places in the cache.
+constexpr int64_t LINE_STRIDE = 4 * MOST_WORDS + 64, LINES_BYTES = MOST_LANES * LINE_STRIDE;
 
 inline int64_t per_word(int dtype) { return dtype == FP32 ? 1 : 2; }
 inline int64_t words_of(int64_t depth, int dtype) { return ceil_div(depth, per_word(dtype)); }
@@ -146,14 +146,40 @@ inline void multiply_tiles(const ProductKernels& k, const uint32_t* tiles, int64
     }
 }
 
-// count values of fp32 times scale, in k's dtype of so many bytes.
-inline void narrow(const ProductKernels& k, const float* values, int64_t count, float scale, int64_t bytes, char* out) {
+// count values of fp32 times scale, in `dtype`.
+inline void narrow(const ProductKernels& k, const float* values, int64_t count, float scale, int dtype, char* out) {
     const float none[MOST_LANES] = {};
     for (int64_t i = 0; i < count; i += k.lanes) {
         float some[MOST_LANES];
         const int64_t width = std::min(k.lanes, count - i);
         for (int64_t j = 0; j < width; ++j) some[j] = values[i + j] * scale;
-        k.store(some, none, width, out + i * bytes);
+        k.store(some, none, width, out + i * dtype_bytes(dtype));
+    }
+}
+
+// A panel of `count` words: its lanes are `real` rows of fp32, `stride` apart, `values` of each times scale. `lines`:
+// scratch for so many lines of at least `count` words, `line_stride` bytes apart.
+inline void narrow_rows_panel(const ProductKernels& k, const float* rows, int64_t stride, int64_t real,
+                              int64_t values, float scale, int dtype, int64_t count, char* lines,
+                              int64_t line_stride, uint32_t* panel) {
+    const int64_t bytes = values * dtype_bytes(dtype);
+    for (int64_t lane = 0; lane < real; ++lane) {
+        narrow(k, rows + lane * stride, values, scale, dtype, lines + lane * line_stride);
+        std::memset(lines + lane * line_stride + bytes, 0, size_t(4 * count - bytes));
+    }
+    k.transpose(lines, line_stride, real, count, panel, k.lanes);
+}
+
+// A panel whose words are made of `count` rows of fp32, `stride` apart, `width` values of each.
+inline void narrow_columns_panel(const ProductKernels& k, const float* rows, int64_t stride, int64_t count,
+                                 int64_t width, int dtype, uint32_t* panel) {
+    const int64_t step = per_word(dtype);
+    alignas(64) char lines[2][4 * MOST_LANES];
+    for (int64_t i = 0; i < count; i += step) {
+        const bool second = step == 2 && i + 1 < count;
+        narrow(k, rows + i * stride, width, 1.0f, dtype, lines[0]);
+        if (second) narrow(k, rows + (i + 1) * stride, width, 1.0f, dtype, lines[1]);
+        k.interleave(lines[0], second ? lines[1] : nullptr, ~0u, ~0u, width, panel + i / step * k.lanes);
     }
 }
 

@@ -188,18 +188,37 @@ void linear() {
 }
 
 void product() {
-    const int dtype = static_cast<int>(below(2)), gradient = static_cast<int>(below(2));
+    const int dtype = static_cast<int>(below(2));
     const int64_t m = between(1, chance(6) ? 60 : 14), k = between(1, chance(9) ? 1100 : 150), size = block_size();
-    const int64_t n = between(1, chance(9) ? 1100 : 50);
-    Buffer x = values(dtype, m * (gradient ? n : k)), bias = values(dtype, gradient ? k : n);
-    Buffer codes((n * k + 1) / 2), book = ascending(16);
+    const int64_t n = between(1, chance(9) ? 1100 : 50), r = chance(3) ? 0 : between(1, chance(6) ? 70 : 20);
+    Buffer x = values(dtype, m * k), bias = values(dtype, n), grad = values(dtype, m * n);
+    Buffer codes((n * k + 1) / 2), book = ascending(16), a = floats(r * k), b = floats(n * r);
+    Buffer low = values(dtype, m * r);
     Scales scales((n * k + size - 1) / size);
-    const bool with_bias = chance(2);
-    everywhere("fb_product_4bit", false, {Buffer(m * (gradient ? k : n) * kWidth[dtype])}, [&](auto& out) {
+    std::vector<int64_t> keys(static_cast<size_t>(m));
+    for (auto& value : keys) value = static_cast<int64_t>(source());
+    FbProduct problem{};
+    problem.x = x.at(), problem.rows = m, problem.in_features = k, problem.out_features = n, problem.dtype = dtype;
+    problem.codes = codes.at<uint8_t>(), problem.absmax = scales.absmax.at(), problem.nested_absmax = scales.second();
+    problem.offset = scales.offset.at<float>(), problem.map = scales.map.at<float>(), problem.block_size = size;
+    problem.codebook = book.at<float>(), problem.bias = chance(2) ? bias.at() : nullptr;
+    problem.few = m <= 16 && chance(2), problem.rank = r, problem.a = a.at<float>(), problem.b = b.at<float>();
+    problem.scaling = 1.5f, problem.row = keys.data(), problem.position = keys.data(), problem.layer = 7;
+    problem.seed = 3, problem.p = chance(2) ? 0.3 : 0.0, problem.grad = grad.at();
+    everywhere("fb_product", false, {Buffer(m * n * kWidth[dtype]), Buffer(m * r * kWidth[dtype])}, [&](auto& out) {
         if (!fb_has_product(dtype)) return 0;
-        return fb_product_4bit(x.at(), dtype, m, n, k, gradient, codes.at<uint8_t>(), scales.absmax.at(),
-                               scales.second(), scales.offset.at<float>(), scales.map.at<float>(), size,
-                               book.at<float>(), with_bias ? bias.at() : nullptr, out[0].at(), threads());
+        problem.y = out[0].at(), problem.low = out[1].at();
+        return fb_product(&problem, threads());
+    });
+    const bool needs_x = chance(2), needs_adapter = r > 0 && chance(2);
+    problem.low = low.at();
+    everywhere("fb_product_grad", false, {Buffer(m * k * kWidth[dtype]), Buffer(4 * r * k), Buffer(4 * n * r)},
+               [&](auto& out) {
+        if (!fb_has_product(dtype)) return 0;
+        problem.grad_x = needs_x ? out[0].at() : nullptr;
+        problem.grad_a = needs_adapter ? out[1].template at<float>() : nullptr;
+        problem.grad_b = needs_adapter ? out[2].template at<float>() : nullptr;
+        return fb_product_grad(&problem, threads());
     });
 }
 

@@ -238,3 +238,20 @@ def test_only_what_is_asked_for(dtype: torch.dtype) -> None:
     assert none is None
     assert torch.equal(grad_a, whole[1])
     assert torch.equal(grad_b, whole[2])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_few_rows_are_the_few_row_product_and_the_adapter_on_top(dtype: torch.dtype, rows: int) -> None:
+    for n, k, rank in ((96, 320, 16), (35, 101, 3), (40, 64, 33)):
+        codes = packed(n, k, 64)
+        weight, lora = Packed(n, k, *codes, None, None, codebook("nf4"), 64), adapter(n, k, rank)
+        x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
+        base = native.linear_4bit(x, *codes, None, None, codebook("nf4"), 64, n, bias)
+        y, low = product(x, weight, bias, lora, few=True)
+        assert torch.equal(low, product(x, weight, bias, lora)[1])
+        truth = base.double() + lora.scaling * low.double() @ lora.b.to(dtype).double().T
+        assert (y.double() - truth).norm() <= 2 * torch.finfo(dtype).eps * truth.norm()
+        still = Adapter(lora.a, torch.zeros_like(lora.b), lora.scaling)
+        assert torch.equal(product(x, weight, bias, still, few=True)[0], base)
+        each = torch.cat([product(row, weight, bias, lora, few=True)[0] for row in x.split(1)])
+        assert torch.equal(y, each)

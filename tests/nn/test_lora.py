@@ -39,11 +39,48 @@ def dense_layer(layer: LoraLinear, dtype: torch.dtype) -> tuple[torch.Tensor, to
     return weight, layer.lora_A["default"].weight.to(dtype), layer.lora_B["default"].weight.to(dtype)
 
 
-def test_with_b_zero_the_logits_are_the_bases(base: torch.nn.Module) -> None:
+@pytest.mark.parametrize("length", [2, 30], ids=["few rows", "many rows"])
+def test_with_b_zero_the_logits_are_the_bases(base: torch.nn.Module, length: int) -> None:
+    tokens = ids(length=length)
     with torch.no_grad():
-        before = base(input_ids=ids()).logits
-        after = fourbit.add_lora(base).eval()(input_ids=ids()).logits
+        before = base(input_ids=tokens).logits
+        after = fourbit.add_lora(base).eval()(input_ids=tokens).logits
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("length", [2, 30], ids=["few rows", "many rows"])
+def test_without_gradients_the_same(base: torch.nn.Module, length: int) -> None:
+    model, tokens = fourbit.add_lora(base).eval(), ids(length=length)
+    fill_b(model)
+    with torch.no_grad():
+        plain = model(input_ids=tokens).logits
+    assert torch.equal(plain, model(input_ids=tokens).logits)
+
+
+def test_hooks_on_the_base_are_called(base: torch.nn.Module) -> None:
+    model, called = fourbit.add_lora(base), []
+    layer = next(module for module in model.modules() if isinstance(module, LoraLinear))
+    layer.get_base_layer().register_forward_pre_hook(lambda *_: called.append(1))
+    model(input_ids=ids(length=30)).logits.sum().backward()
+    assert called == [1]
+
+
+def test_adapters_in_16_bits(base: torch.nn.Module) -> None:
+    model, tokens = fourbit.add_lora(base, dropout=0.0), ids(length=30)
+    fill_b(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model(input_ids=tokens).logits.sum().backward()
+    halves = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data, parameter.grad = parameter.data.float(), None
+    model(input_ids=tokens).logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert halves[name].dtype == torch.bfloat16
+            assert (halves[name].float() - parameter.grad).norm() <= 2**-8 * parameter.grad.norm()
 
 
 @pytest.mark.parametrize("bias", [False, True])

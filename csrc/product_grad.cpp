@@ -1,0 +1,114 @@
+// The gradients of the many-row product: in x with the same panels, of which lanes are columns of W; in A and B as
+// products over the rows of x, whose dropout mask is one bit a value.
+#include "product_call.h"
+
+namespace {
+
+// Which values of x dropout keeps, [M, mask words].
+const uint32_t* kept_bits(Call& c) {
+    uint32_t* bits = rooms().bits.at_least<uint32_t>(c.p.rows * c.mask_words());
+    if (!c.has(bits)) return nullptr;
+    parallel_for(c.p.rows, c.threads,
+                 [&](int64_t m) { c.k.kept(c.dropout_row(m, nullptr), bits + m * c.mask_words()); });
+    return bits;
+}
+
+// grad_low [M,r] = scaling grad B.
+const void* gradient_of_low(Call& c, const Rows& grad) {
+    const uint32_t* panels = pack_down(c, true);
+    char* low = rooms().low.at_least<char>(c.p.rows * c.p.rank * dtype_bytes(c.p.dtype));
+    if (!panels || !c.has(low)) return nullptr;
+    multiply_down(c, panels, c.p.out_features, c.p.scaling, low,
+                  [&](int64_t first, int64_t) { return Rows{grad.row(first), grad.depth, grad.dtype}; });
+    return low;
+}
+
+void gradient_of_x(Call& c, const Rows& grad, const void* grad_low, const uint32_t* bits, float kept_scale) {
+    const FbProduct& p = c.p;
+    const int64_t low_words = c.low_words();
+    for_panels(c, grad, grad_low, p.in_features, [&](int64_t first, int64_t rows, const uint32_t* tiles,
+                                                     const uint32_t* low_tiles, int64_t panel) {
+        const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.in_features - lane);
+        float* sums = multiply_panel(c, tiles, rows, p.out_features, [&](int64_t start, int64_t count, uint32_t* to) {
+            c.weight.columns_panel(c.k, lane, start, count, to);
+        });
+        if (const uint32_t* up = p.rank ? up_panel(c, lane, true) : nullptr) {
+            if (!bits) {
+                multiply_tiles(c.k, low_tiles, rows, low_words, 0, low_words, up, true, sums);
+            } else {
+                float more[MOST_HEIGHT * MOST_LANES];
+                for (int64_t row = 0; row < rows; row += c.k.rows) {
+                    const int64_t real = std::min(c.k.rows, rows - row);
+                    multiply_tiles(c.k, low_tiles + row * low_words, real, low_words, 0, low_words, up, false, more);
+                    for (int64_t r = 0; r < real; ++r) {
+                        const uint32_t* mask = bits + (first + row + r) * c.mask_words();
+                        c.k.add_kept(more + r * c.k.lanes, mask[lane / 32] >> (lane % 32), kept_scale,
+                                     sums + (row + r) * c.k.lanes);
+                    }
+                }
+            }
+        }
+        const float none[MOST_LANES] = {};
+        char* out = static_cast<char*>(p.grad_x);
+        for (int64_t row = 0; row < rows; ++row)
+            c.k.store(sums + row * c.k.lanes, none, width,
+                      out + ((first + row) * p.in_features + lane) * dtype_bytes(p.dtype));
+    });
+}
+
+// [r, columns] = low^T times `right` [M, columns], times scale: as it is, or transposed.
+void gradient_of_adapter(Call& c, const void* low, const Rows& right, const uint32_t* bits, float scale,
+                         bool transposed, float* out) {
+    const FbProduct& p = c.p;
+    const int64_t words = words_of(p.rows, p.dtype), step = panel_words(words, p.dtype), per = per_word(p.dtype);
+    const int64_t tiles_of_rank = ceil_div(p.rank, c.k.rows);
+    // low^T in tiles, each [words][height].
+    uint32_t* tiles = rooms().down.at_least<uint32_t>(tiles_of_rank * c.k.rows * words);
+    if (!c.has(tiles)) return;
+    parallel_for(tiles_of_rank, c.threads, [&](int64_t tile) {
+        const int64_t first = tile * c.k.rows, real = std::min(c.k.rows, p.rank - first), height = c.k.height(real);
+        uint32_t* to = tiles + first * words;
+        std::memset(to, 0, size_t(4 * height * words));
+        for (int64_t m = 0; m < p.rows; ++m)
+            for (int64_t r = 0; r < real; ++r)
+                std::memcpy(reinterpret_cast<char*>(to + m / per * height + r) + m % per * dtype_bytes(p.dtype),
+                            static_cast<const char*>(low) + (m * p.rank + first + r) * dtype_bytes(p.dtype),
+                            size_t(dtype_bytes(p.dtype)));
+    });
+    parallel_for(ceil_div(right.depth, c.k.lanes), c.threads, [&](int64_t task) {
+        const int64_t lane = task * c.k.lanes, width = std::min(c.k.lanes, right.depth - lane);
+        uint32_t* panel = rooms().panel.at_least<uint32_t>(MOST_WORDS * MOST_LANES);
+        float* sums = rooms().sums.at_least<float>((p.rank + c.k.rows) * c.k.lanes);
+        if (!c.has(panel) || !c.has(sums)) return;
+        for (int64_t start = 0; start < words; start += step) {
+            const int64_t count = std::min(step, words - start);
+            pack_columns(c.k, right, lane, start * per, std::min(count * per, p.rows - start * per), bits,
+                         c.mask_words(), panel);
+            multiply_tiles(c.k, tiles, p.rank, words, start, count, panel, start > 0, sums);
+        }
+        for (int64_t r = 0; r < p.rank; ++r)
+            for (int64_t i = 0; i < width; ++i)
+                out[transposed ? (lane + i) * p.rank + r : r * right.depth + lane + i] =
+                    sums[r * c.k.lanes + i] * scale;
+    });
+}
+
+void backward(Call& c) {
+    const FbProduct& p = c.p;
+    const Rows grad{p.grad, p.out_features, p.dtype}, x{p.x, p.in_features, p.dtype};
+    const void* grad_low = p.rank ? gradient_of_low(c, grad) : nullptr;
+    const uint32_t* bits = c.drops() ? kept_bits(c) : nullptr;
+    if (!c.enough.load(std::memory_order_relaxed)) return;
+    const float kept_scale = c.drops() ? c.dropout_row(0, nullptr).scale : 1.0f;
+    if (p.grad_x) restore_scales(c);
+    if (!c.enough.load(std::memory_order_relaxed)) return;
+    if (p.grad_x) gradient_of_x(c, grad, grad_low, bits, kept_scale);
+    if (p.rank && p.grad_a) {
+        gradient_of_adapter(c, grad_low, x, bits, kept_scale, false, p.grad_a);
+        gradient_of_adapter(c, p.low, grad, nullptr, p.scaling, true, p.grad_b);
+    }
+}
+
+}  // namespace
+
+int fb_product_grad(const FbProduct* problem, int threads) { return run_product(*problem, threads, backward); }
