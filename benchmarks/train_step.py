@@ -66,7 +66,9 @@ def quantize(folder: Path) -> None:
 def compare(folder: Path, keep: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Steps in turn; the first of each side is not timed."""
     workers = [Worker(side, folder, keep, arguments) for side in SIDES]
-    taken: list[list[dict[str, Any]]] = [[worker.step() for worker in workers] for _ in range(arguments.rounds + 1)]
+    taken: list[list[dict[str, Any]]] = [
+        [worker.step() for worker in workers] for _ in range(arguments.rounds + 1)
+    ]
     limit = workers[0].ask("limit")["seconds"]
     for worker in workers:
         worker.ask("end")
@@ -94,6 +96,7 @@ class Worker:
             [sys.executable, __file__, "--worker", side, str(folder), keep, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what the libraries have to say of each other
             text=True,
         )
 
@@ -106,7 +109,7 @@ class Worker:
             if line.startswith("{"):
                 found: dict[str, Any] = json.loads(line)
                 return found
-        sys.exit("a worker ended early; its message stands above")
+        sys.exit(f"a worker ended early; to see why: {' '.join(map(str, self._process.args))}")
 
     def step(self) -> dict[str, Any]:
         return self.ask("step")
@@ -134,7 +137,11 @@ def serve(side: str, folder: Path, keeps: bool, arguments: argparse.Namespace) -
         else:
             began = perf_counter()
             loss = step(ids)
-            answer = {"seconds": perf_counter() - began, "loss": loss, "bytes": peak_resident_bytes() - before}
+            answer = {
+                "seconds": perf_counter() - began,
+                "loss": loss,
+                "bytes": peak_resident_bytes() - before,
+            }
         print(json.dumps(answer), flush=True)
     return 0
 
@@ -247,7 +254,8 @@ def mm_seconds(m: int, k: int, n: int) -> float:
 def table(report: dict[str, Any]) -> str:
     lines = [f"{key:16} {value}" for key, value in report["machine"].items()]
     lines += ["", f"SmolLM2-135M, {report['rows']} x {report['tokens']} tokens, r = {RANK}", ""]
-    lines.append(f"{'activations':14}{'fourbit':>10}{'stock':>10}{'prepared':>10}{'ratio':>8}{'of limit':>10}{'memory':>22}")
+    names = "".join(f"{name:>10}" for name in ("fourbit", "stock", "prepared"))
+    lines.append(f"{'activations':14}{names}{'ratio':>8}{'of limit':>10}{'memory':>22}")
     for row in report["results"]:
         speeds = "".join(f"{row['tokens_per_second'][side]:6,.0f}/s  " for side in SIDES)
         ours, *theirs = (row["bytes_above_import"][side] for side in SIDES)

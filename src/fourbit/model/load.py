@@ -77,6 +77,7 @@ class LoadReport:
         )
 
 
+@gguf.read_once()
 def load(
     path: str | os.PathLike[str],
     *,

@@ -9,8 +9,10 @@ tensor processors.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -38,7 +40,8 @@ def read_config(file: Path) -> PretrainedConfig:
                 raise ModelError(
                     f"{file}: {key} is {number} and the file holds {tensors} tensors; is it complete?"
                 )
-    return _guard(file, lambda: AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name))
+    with _given_to_transformers(_open(file)):
+        return _guard(file, lambda: AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name))
 
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
@@ -49,9 +52,10 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     its first and last token are set. Raises ModelError for a way to split that is not known.
     """
     reader = _open(file)
-    tokenizer: Any = _guard(
-        file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    )
+    with _given_to_transformers(reader):
+        tokenizer: Any = _guard(
+            file, lambda: AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        )
     if _text(file, reader, "tokenizer.ggml.model") != "gpt2":
         return tokenizer
     name = _text(file, reader, "tokenizer.ggml.pre")
@@ -127,9 +131,46 @@ def _one_name_map() -> Iterator[None]:
         gguf.get_tensor_name_map = original
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Within this block a file's header is parsed once, which takes a second and 70 MB."""
+    token = _open_readers.set({})
+    try:
+        yield
+    finally:
+        _open_readers.reset(token)
+
+
+_open_readers: ContextVar[dict[Path, Any] | None] = ContextVar("open_readers", default=None)
+
+
 def _open(file: Path) -> Any:
+    known = _open_readers.get()
+    if known is not None and file in known:
+        return known[file]
     check_gguf(file)
-    return _guard(file, lambda: _reader_class()(str(file)))
+    reader = _guard(file, lambda: _reader_class()(str(file)))
+    if known is not None:
+        known[file] = reader
+    return reader
+
+
+@contextmanager
+def _given_to_transformers(reader: Any) -> Iterator[None]:
+    """Let transformers have this reader in place of one that it would make, more slowly, of the same file."""
+    import gguf
+
+    module: Any = gguf
+    with _PATCHING:
+        original = module.GGUFReader
+        module.GGUFReader = lambda *_, **__: reader
+        try:
+            yield
+        finally:
+            module.GGUFReader = original
+
+
+_PATCHING = threading.Lock()
 
 
 @cache
