@@ -213,7 +213,9 @@ def write_model(name: str, folder: Path) -> None:
         save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, str(target / file))
         index |= dict.fromkeys(tensors, file)
     (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", *map(str, range(10))])}
+    words = ["<pad>", "<unk>", "</s>", *map(str, range(10))]
+    words += [f"word{i}" for i in range(len(words), known["vocab_size"])]  # one for each row of the embedding
+    vocabulary = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
