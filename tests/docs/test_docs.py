@@ -22,11 +22,14 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 MEMORY = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("text", "least"), [(README, 5), (METHOD, 5), (MEMORY, 2)], ids=["README", "method", "memory"]
+    ("text", "least"),
+    [(README, 5), (METHOD, 5), (MEMORY, 2), (PERFORMANCE, 2)],
+    ids=["README", "method", "memory", "performance"],
 )
 def test_named_files_exist(text: str, least: int) -> None:
     named = set(re.findall(r"(?:src|csrc|tests|demo|recipes|docs|benchmarks|requirements)/[\w./*-]*\w", text))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fourbit.codebooks import dynamic_map, dynamic_thresholds
 from fourbit.errors import ConfigError
+from fourbit.kernels.pool import POOL
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
 _ABI = 4
@@ -321,7 +322,7 @@ def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, ste
     row and position are int64 [T]; the mask is a function of them, the column, layer, seed and step
     (see `reference.dropout_mask`), so calling this on the gradient is the backward pass.
     """
-    y = torch.empty_like(x)
+    y = POOL.empty(x.shape, x.dtype)
     status = library().fb_dropout(
         x.data_ptr(),
         DTYPES[x.dtype],
@@ -385,7 +386,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
     Returns y in x's dtype, rounded once, and the factor of each row, fp32 [T], for backward.
     """
-    y = torch.empty_like(x)
+    y = POOL.empty(x.shape, x.dtype)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     status = library().fb_rms_norm(
         x.data_ptr(),
@@ -403,7 +404,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient in x; grad and x are contiguous, [T, K], of one dtype."""
-    grad_x = torch.empty_like(x)
+    grad_x = POOL.empty(x.shape, x.dtype)
     status = library().fb_rms_norm_grad(
         grad.data_ptr(),
         x.data_ptr(),
@@ -420,7 +421,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """activation(gate) * up of contiguous tensors of one shape and dtype; kind as in csrc/fourbit.h."""
-    out = torch.empty_like(gate)
+    out = POOL.empty(gate.shape, gate.dtype)
     status = library().fb_gated(
         gate.data_ptr(),
         up.data_ptr(),
@@ -436,7 +437,7 @@ def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """The gradients in gate and up."""
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    grad_gate, grad_up = POOL.empty(gate.shape, gate.dtype), POOL.empty(up.shape, up.dtype)
     status = library().fb_gated_grad(
         grad.data_ptr(),
         gate.data_ptr(),
@@ -459,7 +460,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> t
     Returns o [B, H, T, D], which lies in memory as [B, T, H, D], and the fp32 [B, H, T] that backward needs.
     """
     batch, heads, length, width = q.shape
-    o = torch.empty(batch, length, heads, width, dtype=q.dtype, device="cpu").transpose(1, 2)
+    o = POOL.empty((batch, length, heads, width), q.dtype).transpose(1, 2)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device="cpu")
     problem = _problem(q, k, v, o, first, lse, scale)
     check(library().fb_attention(ctypes.addressof(problem), torch.get_num_threads()), "attention")
@@ -470,7 +471,7 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients in q, k and v, of their shapes and strides."""
-    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    grads = tuple(POOL.empty_like(x) for x in (q, k, v))
     problem = _problem(q, k, v, o, first, lse, scale)
     problem.grad, problem.dq, problem.dk, problem.dv = map(_strided, (grad, *grads))
     check(library().fb_attention_grad(ctypes.addressof(problem), torch.get_num_threads()), "attention")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fourbit.codebooks import dynamic_map
 from fourbit.kernels import native
+from fourbit.kernels.pool import POOL
 
 
 class _Product(ctypes.Structure):
@@ -96,7 +97,7 @@ def product(
     gives, and the adapter's is added to it. Returns y [M, out_features] and, with an adapter, what gradients
     need: low = dropout(x) A^T [M, r]; both of x's dtype.
     """
-    y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device="cpu")
+    y = POOL.empty((x.shape[0], weight.out_features), x.dtype)
     low = None if adapter is None else torch.empty(x.shape[0], len(adapter.a), dtype=x.dtype, device="cpu")
     problem = _problem(weight, adapter, x.shape[0], x.dtype)
     problem.x, problem.bias, problem.y = x.data_ptr(), native.address(bias), y.data_ptr()
@@ -121,7 +122,7 @@ def product_grad(
     grad is contiguous, [M, out_features]; the adapter's gradients need the x and low of `product`.
     """
     rows, dtype = grad.shape[0], grad.dtype
-    grad_x = torch.empty(rows, weight.in_features, dtype=dtype, device="cpu") if needs_x else None
+    grad_x = POOL.empty((rows, weight.in_features), dtype) if needs_x else None
     grad_a = torch.empty_like(adapter.a) if adapter is not None and needs_adapter else None
     grad_b = torch.empty_like(adapter.b) if adapter is not None and needs_adapter else None
     problem = _problem(weight, adapter, rows, dtype)

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from fourbit.kernels.pool import POOL
+
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGER_BLOCK = 256 << 10
 #: Hidden size from which fresh memory for each block is little beside the products on it (docs/log.md).
@@ -58,10 +60,11 @@ def compact_heap() -> None:
 
 
 def release_free_memory() -> None:
-    """Give back to the system what is free inside the heap, where the C library can (glibc).
+    """Give back to the system what is free: of kernels' results, and inside the heap where glibc can.
 
     One phase's buffers would otherwise stay resident under the next one's peak.
     """
+    POOL.release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -49,7 +49,7 @@ _BYTES_PER_WORD = 400
 #: Holes in the C library's heap at the peak of a step; a compact heap has none. Fitted to runs under glibc
 #: 2.36 (docs/log.md). Recomputing layers: so many times what they keep and what one needs. Else: as much as
 #: they keep up to some size, and a share of all they keep.
-_HOLES_RECOMPUTING, _HOLES_KEEPING, _HOLES_SHARE = 1.4, 180_000_000, 0.22
+_HOLES_RECOMPUTING, _HOLES_KEEPING, _HOLES_SHARE = 2.7, 180_000_000, 0.22
 #: What an encoded row takes, wherever its tokens are: its place among them, and numbers that order rows.
 _BYTES_PER_ROW = 200
 #: What cuBLAS keeps on a card (CUBLAS_WORKSPACE_CONFIG :4096:8, set for repeatable runs).
