@@ -74,8 +74,15 @@ def test_mapped_is_no_more_than_was_in_use_by_much() -> None:
     assert pool.mapped == 0
 
 
-@pytest.mark.parametrize("threads", [4])
-def test_threads_never_share_a_block(threads: int) -> None:
+def test_no_memory_is_told() -> None:
+    pool = Pool()
+    with pytest.raises(MemoryError, match="there is no memory for a result of [0-9,]+ bytes"):
+        pool.empty((1 << 60,), torch.uint8)
+    assert pool.mapped == 0
+    assert filled(pool, 1 << 20, 1).numel() == 1 << 20
+
+
+def test_threads_never_share_a_block() -> None:
     pool, wrong = Pool(), []
 
     def work(value: int) -> None:
@@ -84,7 +91,7 @@ def test_threads_never_share_a_block(threads: int) -> None:
             mine = [filled(pool, source.randrange(1 << 16, 1 << 18), value) for _ in range(3)]
             wrong.extend(x for x in mine if not bool((x == value).all()))
 
-    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -81,10 +81,9 @@ class Pool:
                 return self._free.pop(numbers.pop())
             other = rounded_size(other // _PAGE + 1) * _PAGE
         self._give_back(size)
+        block = _map(size)
         self.mapped += size
-        if sys.platform == "win32":
-            return mmap.mmap(-1, size)
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return block
 
     def _collect(self) -> None:
         while self._returned:
@@ -101,6 +100,15 @@ class Pool:
             size -= len(block)
             self.mapped -= len(block)
             # Unmapped as its last owner goes, which is here: a view may outlive its tensor for a moment.
+
+
+def _map(size: int) -> mmap.mmap:
+    try:
+        if sys.platform == "win32":
+            return mmap.mmap(-1, size)
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"there is no memory for a result of {size:,} bytes") from error
 
 
 POOL = Pool()
