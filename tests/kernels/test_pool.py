@@ -76,7 +76,7 @@ def test_mapped_is_no_more_than_was_in_use_by_much() -> None:
 
 def test_no_memory_is_told() -> None:
     pool = Pool()
-    with pytest.raises(MemoryError, match="there is no memory for a result of [0-9,]+ bytes"):
+    with pytest.raises(MemoryError, match=r"no memory for a result of [0-9,]+ bytes"):
         pool.empty((1 << 60,), torch.uint8)
     assert pool.mapped == 0
     assert filled(pool, 1 << 20, 1).numel() == 1 << 20
