@@ -17,9 +17,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 OLDEST := $(VENV)-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet
-# In two processes, whose threads sleep soon while they wait for one another (docs/log.md).
+# In two processes of one thread each: two threads each compete for two cores, and sleep soon where a test wants
+# more of them (docs/log.md).
 PYTEST := -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 test test-all: export GOMP_SPINCOUNT ?= 20000
+test test-all: export OMP_NUM_THREADS ?= 1
 SAY := @printf '\n== %s\n'
 
 PACKAGE := pyproject.toml CMakeLists.txt README.md LICENSE NOTICE \
