@@ -11,7 +11,7 @@
 // has the scale map[absmax[i]] * nested_absmax[i / 256] + offset[0] (double quantization).
 //
 // Every result is the same for every instruction set and thread count: bit for bit in the codec and
-// in the row-wise functions, up to the order of fp32 summation in the few-row product.
+// in the row-wise functions, up to the order of fp32 summation in the products.
 #pragma once
 
 #include <cstdint>

@@ -169,7 +169,7 @@ struct Kernels {
     decltype(scalar::gated_grad)* gated_grad;
     const AttentionKernels* attention;       // of bf16
     const AttentionKernels* attention_wide;  // of the others
-    const ProductKernels* product;           // of bf16, and of fp32; null where torch's is as good
+    const ProductKernels* product;           // of bf16, and of fp32; null where there is none
     const ProductKernels* product_wide;
 };
 

@@ -336,3 +336,15 @@ def test_module_refuses_what_it_cannot_be() -> None:
 def test_repr_tells_the_format() -> None:
     expected = "Linear4bit(in_features=64, out_features=8, bias=False, nf4, block_size=64, double_quant)"
     assert repr(Linear4bit(64, 8, bias=False)) == expected
+
+
+def test_parts_need_not_be_contiguous(implementation: str) -> None:
+    q = weight(64, 96, False)
+    spread = torch.empty(len(q.codes), 2, dtype=torch.uint8)[:, 0].copy_(q.codes)
+    scales = torch.empty(len(q.absmax), 2)[:, 0].copy_(q.absmax)
+    x, grad = torch.randn(20, 96), torch.randn(20, 64)
+    rest = (None, None, q.codebook, q.block_size)
+    got = torch.ops.fourbit.linear_4bit(x, spread, scales, *rest, 64, None)
+    assert torch.equal(got, F4.linear_4bit(x, q))
+    got = torch.ops.fourbit.linear_4bit_backward(grad, spread, scales, *rest, 96)
+    assert torch.equal(got, F4.linear_4bit_grad(grad, q))

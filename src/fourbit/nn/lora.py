@@ -13,7 +13,6 @@ composed of products. Every other case runs PEFT's own code.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from fourbit import functional as F4
 from fourbit.errors import ModelError
-from fourbit.kernels import product as native
+from fourbit.kernels.product import Adapter, Dropout, product_grad
 from fourbit.memory.tracker import has_values
 from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit
@@ -145,7 +144,8 @@ class _FusedLora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         low, lora_a, lora_b, *made_of = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # [T, N]
-        adapter = Adapter(lora_a, lora_b, ctx.scaling, ctx.dropout)
+        a, b = (part.detach().float().contiguous() for part in (lora_a, lora_b))
+        adapter = Adapter(a, b, ctx.scaling, ctx.dropout)
         needs = ctx.needs_input_grad[:3]
 
         def flat() -> Tensor:
@@ -158,49 +158,35 @@ class _FusedLora(torch.autograd.Function):
         grad_x, grad_a, grad_b = backward(grad, flat, low, base, adapter, needs)
         if grad_x is not None:
             grad_x = grad_x.reshape(ctx.shape)
+        if grad_a is not None:
+            grad_a = grad_a.to(lora_a.dtype)
+        if grad_b is not None:
+            grad_b = grad_b.to(lora_b.dtype)
         return grad_x, grad_a, grad_b, None, None, None, None, None, None
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """A mask on the adapter's input: which tokens, which layer, which rate."""
-
-    keys: TokenKeys
-    layer: int
-    p: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, K] times its mask; the mask is symmetric, so gradients pass through the same call."""
-        keys = self.keys
-        return F4.keyed_dropout(
-            x, self.p, keys.rows, keys.positions, layer=self.layer, seed=keys.seed, step=keys.step
-        )
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A fp32 [r, K], B fp32 [N, r], the factor of their product, the dropout of their input."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    dropout: Dropout | None
-
-    def dropped(self, x: Tensor) -> Tensor:
-        return x if self.dropout is None else self.dropout(x)
 
 
 def _adapter(
     a: Tensor, b: Tensor, scaling: float, p: float, keys: TokenKeys | None, layer_key: int
 ) -> Adapter:
-    dropout = None if keys is None or p == 0.0 else Dropout(keys, layer_key, p)
-    return Adapter(a.detach(), b.detach(), scaling, dropout)
+    dropout = None
+    if keys is not None and p > 0.0:
+        dropout = Dropout(keys.rows, keys.positions, layer_key, keys.seed, keys.step, p)
+    return Adapter(a.detach().float().contiguous(), b.detach().float().contiguous(), scaling, dropout)
+
+
+def _dropped(x: Tensor, keys: Dropout | None) -> Tensor:
+    """x [T, K] times its mask; the mask is symmetric, so gradients pass through the same call."""
+    if keys is None:
+        return x
+    return F4.keyed_dropout(
+        x, keys.p, keys.row, keys.position, layer=keys.layer, seed=keys.seed, step=keys.step
+    )
 
 
 def _product(x: Tensor, base: nn.Linear, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """y [T, N] and low [T, r] of x [T, K]."""
     if isinstance(base, Linear4bit) and base.adapts(x):
-        results: tuple[Tensor, Tensor] = base(x, _native(adapter))  # called, for hooks on the base
+        results: tuple[Tensor, Tensor] = base(x, adapter)  # called, for hooks on the base
         return results
     return _composed_forward(x, base, adapter)
 
@@ -221,33 +207,20 @@ def _packed_backward(
     if not has_values(grad):
         grad_x = grad.new_empty(len(grad), base.in_features) if needs[0] else None
         return grad_x, torch.empty_like(adapter.a), torch.empty_like(adapter.b)
-    grad_x, grad_a, grad_b = native.product_grad(
+    return product_grad(
         grad.contiguous(),
         base.packed(),
-        _native(adapter),
+        adapter,
         x=given,
         low=low,
         needs_x=needs[0],
         needs_adapter=needs_adapter,
     )
-    if grad_a is not None and grad_b is not None:
-        grad_a, grad_b = grad_a.to(adapter.a.dtype), grad_b.to(adapter.b.dtype)
-    return grad_x, grad_a, grad_b
-
-
-def _native(adapter: Adapter) -> native.Adapter:
-    dropout = adapter.dropout
-    a, b = adapter.a.float().contiguous(), adapter.b.float().contiguous()
-    if dropout is None:
-        return native.Adapter(a, b, adapter.scaling)
-    keys = dropout.keys
-    mask = native.Dropout(keys.rows, keys.positions, dropout.layer, keys.seed, keys.step, dropout.p)
-    return native.Adapter(a, b, adapter.scaling, mask)
 
 
 def _composed_forward(x: Tensor, base: nn.Linear, adapter: Adapter) -> tuple[Tensor, Tensor]:
     y = _base_product(x, base)  # [T, N]
-    low = adapter.dropped(x) @ adapter.a.to(x.dtype).t()  # [T, r]
+    low = _dropped(x, adapter.dropout) @ adapter.a.to(x.dtype).t()  # [T, r]
     return y.addmm_(low, adapter.b.to(x.dtype).t(), alpha=adapter.scaling), low
 
 
@@ -262,14 +235,14 @@ def _composed_backward(
     a, b = adapter.a.to(grad.dtype), adapter.b.to(grad.dtype)
     grad_low = (grad @ b).mul_(adapter.scaling)  # [T, r]
     grad_b = (grad.t() @ low).to(adapter.b.dtype).mul_(adapter.scaling) if needs[2] else None
-    grad_a = (grad_low.t() @ adapter.dropped(x())).to(adapter.a.dtype) if needs[1] else None
+    grad_a = (grad_low.t() @ _dropped(x(), adapter.dropout)).to(adapter.a.dtype) if needs[1] else None
     grad_x = None
     if needs[0]:
         grad_x = _base_gradient(grad, base)
         if adapter.dropout is None:
             grad_x.addmm_(grad_low, a)
         else:
-            grad_x += adapter.dropout(grad_low @ a)
+            grad_x += _dropped(grad_low @ a, adapter.dropout)
     return grad_x, grad_a, grad_b
 
 

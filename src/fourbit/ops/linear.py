@@ -57,6 +57,10 @@ def multiplies_panels(rows: Tensor, weights: int) -> bool:
     return some and rows.dtype in _PRODUCTS and runs_native(rows) and has_product(rows.dtype)
 
 
+def _packed(out_features: int, in_features: int, codes: Tensor, absmax: Tensor, *rest: Any) -> Packed:
+    return Packed(out_features, in_features, codes.contiguous(), absmax.contiguous(), *rest)
+
+
 def _linear(
     x: Tensor,
     codes: Tensor,
@@ -76,16 +80,7 @@ def _linear(
             rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
         )
     elif multiplies_panels(rows, out_features * in_features):
-        weight = Packed(
-            out_features,
-            in_features,
-            codes.contiguous(),
-            absmax.contiguous(),
-            nested,
-            offset,
-            codebook,
-            block_size,
-        )
+        weight = _packed(out_features, in_features, codes, absmax, nested, offset, codebook, block_size)
         y, _ = native_product(rows.contiguous(), weight, bias)
     else:
         shape = (out_features, in_features)
@@ -127,7 +122,8 @@ def _linear_backward(
     _check(grad, codes, absmax, nested, offset, block_size, in_features)
     rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
     if multiplies_panels(rows, in_features * grad.shape[-1]):
-        weight = Packed(grad.shape[-1], in_features, codes, absmax, nested, offset, codebook, block_size)
+        features = grad.shape[-1]
+        weight = _packed(features, in_features, codes, absmax, nested, offset, codebook, block_size)
         product, _, _ = product_grad(rows.contiguous(), weight)
         assert product is not None
     else:

@@ -40,7 +40,7 @@ def read_config(file: Path) -> PretrainedConfig:
                 raise ModelError(
                     f"{file}: {key} is {number} and the file holds {tensors} tensors; is it complete?"
                 )
-    with _given_to_transformers(_open(file)):
+    with _given_to_transformers(_parsed(file)):
         return _guard(file, lambda: AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name))
 
 
@@ -145,10 +145,16 @@ _open_readers: ContextVar[dict[Path, Any] | None] = ContextVar("open_readers", d
 
 
 def _open(file: Path) -> Any:
+    if file not in (_open_readers.get() or {}):
+        check_gguf(file)
+    return _parsed(file)
+
+
+def _parsed(file: Path) -> Any:
+    """A reader of a file that has been checked."""
     known = _open_readers.get()
     if known is not None and file in known:
         return known[file]
-    check_gguf(file)
     reader = _guard(file, lambda: _reader_class()(str(file)))
     if known is not None:
         known[file] = reader
