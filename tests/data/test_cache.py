@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import stat
@@ -11,12 +12,13 @@ import sys
 import textwrap
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fourbit.config import DataSettings
-from fourbit.data import cache
+from fourbit.data import cache, lines
 from fourbit.data.cache import encode_files
 from fourbit.data.encode import Encoded, encode
 from fourbit.data.examples import ExampleWriter
@@ -203,14 +205,21 @@ class TestWhatGoesWrong:
         assert [path.suffix for path in entries(tmp_path)].count(".partial") == 1
 
 
-def test_rows_larger_than_memory(tmp_path):
+WRITERS: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
+    "jsonl": lambda rows: b"".join(json.dumps(row).encode() + b"\n" for row in rows),
+    "json": lambda rows: json.dumps(rows).encode(),
+}
+WRITERS["jsonl.gz"] = lambda rows: gzip.compress(WRITERS["jsonl"](rows), 1)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_rows_larger_than_memory(suffix, tmp_path, monkeypatch):
     """The peak of what Python allocates does not grow with the rows, but for their index."""
+    monkeypatch.setattr(lines, "_PIECE", 1 << 12)
 
     def peak(count: int) -> int:
-        file = tmp_path / f"{count}.jsonl"
-        with file.open("w") as out:
-            for n in range(count):
-                out.write(json.dumps({"text": f"{n} " + "word " * 60}) + "\n")
+        file = tmp_path / f"{count}.{suffix}"
+        file.write_bytes(WRITERS[suffix]([{"text": f"{n} " + "word " * 60} for n in range(count)]))
         tokenizer = byte_tokenizer()
         tracemalloc.start()
         try:

@@ -19,7 +19,7 @@ from fourbit.config import DataSettings
 from fourbit.config_file import resolve
 from fourbit.data import packed
 from fourbit.data.gate import prepare
-from fourbit.data.read import read_rows
+from fourbit.data.read import iter_rows, read_rows
 from fourbit.errors import ConfigError, DataError
 from tests.tiny import byte_tokenizer
 
@@ -107,6 +107,20 @@ def test_what_else_is_refused(tmp_path):
             read_rows([put(tmp_path, name, content)], SETTINGS)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_members_are_unpacked_as_they_are_read(tmp_path, monkeypatch):
+    """Rows before a damage, and before a limit, come out; what is read ahead is a piece and not the rest."""
+    monkeypatch.setattr(packed, "ALWAYS_READ", 1 << 20)
+    lines = b'{"text": "a"}\n' * 200_000
+    for name, content, message in (
+        ("cut.jsonl.gz", gzip.compress(lines, 1)[:-4], "cut.jsonl.gz: cannot be unpacked"),
+        ("long.zip", zipped({"a.jsonl": lines}), "grows to more than 1 MiB"),
+    ):
+        rows = iter_rows([put(tmp_path, name, content)], SETTINGS)
+        assert next(rows).fields == {"text": "a"}
+        with pytest.raises(DataError, match=message):
+            list(rows)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -11,7 +12,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import settings as tried
+from hypothesis import strategies as st
 
+from fourbit.data import lines as reader
+from fourbit.data.lines import json_list
+from fourbit.data.packed import Member
 from fourbit.data.read import SUFFIXES, Row, read_rows
 from fourbit.errors import DataError
 
@@ -173,6 +180,40 @@ def test_files_that_cannot_be_used(name, content, message, settings):
     with pytest.raises(DataError) as error:
         read_rows([name], settings())
     assert str(error.value) == message
+
+
+@tried(max_examples=300, deadline=None)
+@given(data=st.data(), piece=st.integers(1, 60))
+def test_a_list_read_in_pieces_is_the_list(data, piece):
+    """Rows, their lines and whatever is refused do not depend on where pieces end."""
+    values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+        max_leaves=4,
+    )
+    rows = data.draw(
+        st.lists(st.dictionaries(st.text(min_size=1, max_size=3), values, min_size=1), max_size=4)
+    )
+    text = json.dumps(
+        rows, indent=data.draw(st.sampled_from([None, 1])), ensure_ascii=data.draw(st.booleans())
+    )
+    content = bytearray(text.encode())
+    if data.draw(st.booleans()):  # one damage: of several, pieces decide which is found first
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(
+            st.sampled_from(b'\xff"\\,:]}{ \n0e')
+        )
+    found = []
+    for size in (1 << 20, piece):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reader, "_PIECE", size)
+            member = Member("a.json", io.BytesIO(content))
+            read: list[object] = []
+            try:
+                read += [(repr(row.fields), row.line) for row in json_list(member)]
+            except DataError as error:
+                read.append(str(error))
+        found.append(read)
+    assert found[0] == found[1]
 
 
 def test_missing_files_name_their_nearest_neighbour(settings):

@@ -1,4 +1,4 @@
-"""Compressed files, read in memory within limits: .gz, .zst, and .zip with any number of files in it.
+"""Compressed files, unpacked as they are read: .gz, .zst, and .zip with any number of files in it.
 
 What a file says of its own size is not believed: bytes are counted as they come, and a file that grows
 beyond any text's share of air is refused. Nothing is written to disk, so names in an archive lead nowhere.
@@ -29,10 +29,10 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 @dataclass(frozen=True)
 class Member:
-    """A file that was unpacked; it stands where readers expect a path."""
+    """A file inside a compressed one, to be read once; it stands where readers expect a path."""
 
     name: str
-    content: bytes
+    stream: IO[bytes]
 
     def __str__(self) -> str:
         return self.name
@@ -42,27 +42,28 @@ class Member:
         return PurePosixPath(self.name).suffix
 
     def read_bytes(self) -> bytes:
-        return self.content
+        return self.stream.read()
 
     def open(self, mode: str = "r", encoding: str | None = None, newline: str | None = None) -> IO[Any]:
-        binary = io.BytesIO(self.content)
-        return binary if mode == "rb" else io.TextIOWrapper(binary, encoding=encoding, newline=newline)
+        return self.stream if mode == "rb" else io.TextIOWrapper(self.stream, encoding, newline=newline)
 
 
 def unpack(path: Path) -> Iterator[Member]:
-    """The files in a compressed file; raises DataError for damage, encryption, and what grows too far."""
+    """The files in a compressed file, each of which is read before the next is asked for.
+
+    Raises DataError, also while one is read, for damage, encryption, and what grows too far.
+    """
+    limit = _Limit(max(ALWAYS_READ, LARGEST_RATIO * path.stat().st_size))
     try:
         if path.suffix.lower() == ".zip":
-            yield from _unzip(path)
+            yield from _unzip(path, limit)
         else:
             with path.open("rb") as raw, _stream(path, raw) as file:
-                content = _read(file, path.stat().st_size, str(path))
-            yield Member(str(path.with_suffix("")), content)
+                yield _member(str(path.with_suffix("")), str(path), path, file, limit)
     except DataError:
         raise
     except Exception as error:  # a damaged file makes unpackers raise every class there is
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"{path}: cannot be unpacked ({reason}); write it again") from None
+        raise _damaged(path, error) from None
 
 
 def _stream(path: Path, raw: IO[bytes]) -> Any:
@@ -75,12 +76,11 @@ def _stream(path: Path, raw: IO[bytes]) -> Any:
     return pyarrow.CompressedInputStream(raw, "zstd")
 
 
-def _unzip(path: Path) -> Iterator[Member]:
+def _unzip(path: Path, limit: _Limit) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
         if len(entries) > MOST_FILES:
             raise DataError(f"{path}: holds more than {MOST_FILES:,} files; unpack it and name them")
-        left = max(ALWAYS_READ, LARGEST_RATIO * path.stat().st_size)
         for entry in sorted(entries, key=lambda entry: entry.filename):
             name = f"{path}/{entry.filename}"
             if entry.flag_bits & 1:
@@ -88,21 +88,48 @@ def _unzip(path: Path) -> Iterator[Member]:
             if entry.compress_type not in _METHODS:
                 raise DataError(f"{name}: is packed by an unusual method; unpack it first")
             with archive.open(entry) as file:
-                content = _read(file, 0, name, left)
-            left -= len(content)
-            yield Member(name, content)
+                yield _member(name, name, path, file, limit)
 
 
-def _read(file: IO[bytes], packed: int, name: str, limit: int | None = None) -> bytes:
-    """All bytes of a stream, up to the limit that its packed size sets."""
-    limit = max(ALWAYS_READ, LARGEST_RATIO * packed) if limit is None else limit
-    parts, size = [], 0
-    while chunk := file.read(_CHUNK):
-        size += len(chunk)
-        if size > limit:
+def _member(name: str, packed: str, path: Path, file: Any, limit: _Limit) -> Member:
+    return Member(name, io.BufferedReader(_Unpacking(packed, path, file, limit), _CHUNK))
+
+
+@dataclass
+class _Limit:
+    """How many bytes a compressed file may grow to, all its members together, and how many it has."""
+
+    most: int
+    read: int = 0
+
+    def add(self, count: int, name: str) -> None:
+        self.read += count
+        if self.read > self.most:
             raise DataError(
-                f"{name}: grows to more than {limit >> 20:,} MiB when unpacked, "
+                f"{name}: grows to more than {self.most >> 20:,} MiB when unpacked, "
                 f"over {LARGEST_RATIO} times its size; unpack it yourself if that is meant"
             )
-        parts.append(chunk)
-    return b"".join(parts)
+
+
+class _Unpacking(io.RawIOBase):
+    """The bytes of one member as they are asked for, counted; whatever the unpacker raises is a DataError."""
+
+    def __init__(self, name: str, path: Path, file: Any, limit: _Limit) -> None:
+        self._name, self._path, self._file, self._limit = name, path, file, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._file.read(len(buffer))
+        except Exception as error:  # as in `unpack`
+            raise _damaged(self._path, error) from None
+        self._limit.add(len(content), self._name)
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return DataError(f"{path}: cannot be unpacked ({reason}); write it again")

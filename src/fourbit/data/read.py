@@ -1,8 +1,8 @@
 """Files to rows, whatever they are: one reader per suffix, one `Row` per record.
 
 Every row's columns are checked here, before a model is loaded, so that a mistake in the last line costs
-seconds and not minutes. JSON lines, CSV, TSV, Parquet and folders of `datasets` are read piece by piece, so
-that they may be larger than memory; JSON lists, texts and compressed files whole.
+seconds and not minutes. Files are read piece by piece, compressed ones too, so that they may be larger than
+memory; only a text, which is one row, is read whole.
 """
 
 from __future__ import annotations
