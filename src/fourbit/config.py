@@ -231,6 +231,11 @@ class TrainSettings(_Settings):
     activation_checkpointing: bool = Field(
         default=True, description="keep only layer inputs, recompute the rest"
     )
+    activation_tier: Literal["device", "host", "disk"] = Field(
+        default="device",
+        description="where the kept inputs of layers wait for backward: device, host (pinned memory beside a "
+        "GPU), or disk (a file in the run folder); changes memory and speed only",
+    )
     fused: bool = Field(
         default=True,
         description="on a CPU, compute with fourbit's attention, norms and gated MLPs; false: transformers'",
@@ -321,6 +326,11 @@ class RunConfig(_Settings):
         if self.lora is None and self.model.quant_type != "none":
             raise ValueError(
                 "lora: none trains the base itself, which 4-bit weights cannot: set model.quant_type to none"
+            )
+        if self.train.activation_tier != "device" and not self.train.activation_checkpointing:
+            raise ValueError(
+                f"train.activation_tier: {self.train.activation_tier} is about what activation checkpointing "
+                "keeps and needs train.activation_checkpointing"
             )
         if self.model.weight_tier == "disk" and not self.train.activation_checkpointing:
             raise ValueError(

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import fourbit
 from fourbit.config import RunConfig
 from fourbit.config_file import resolve
-from fourbit.errors import MemoryBudgetError
+from fourbit.errors import ConfigError, MemoryBudgetError
+from fourbit.memory import activations
 from fourbit.memory.plan import Choice
 from fourbit.memory.stream import stream_of
 from fourbit.training import run as run_module
@@ -72,6 +73,24 @@ def test_the_same_run(packed: Path, tmp_path: Path) -> None:
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_inputs_of_layers_on_the_disk(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes wherever the inputs of layers wait, whether resumed there or here."""
+    console = Console(file=io.StringIO())
+    monkeypatch.setattr(activations, "_SMALLEST", 1)
+    run(settings(packed, tmp_path, "held"), console)
+    run(settings(packed, tmp_path, "moved", activation_tier="disk", max_steps=2), console)
+    run(settings(packed, tmp_path, "moved"), console, resume=True)
+    run(settings(packed, tmp_path, "both", "disk", activation_tier="disk"), console)
+    held = adapter(tmp_path / "held")
+    for name in ("moved", "both"):
+        assert all(torch.equal(held[key], value) for key, value in adapter(tmp_path / name).items())
+        assert (tmp_path / name / "metrics.jsonl").read_text() == (
+            tmp_path / "held/metrics.jsonl"
+        ).read_text()
+    with pytest.raises(ConfigError, match=r"activation_tier: disk .* needs train\.activation_checkpointing"):
+        settings(packed, tmp_path, "x", activation_tier="disk", activation_checkpointing=False)
+
+
 def test_a_budget_puts_them_there(packed: Path, tmp_path: Path) -> None:
     config = settings(packed, tmp_path, "run", micro_batch=1)
     planner = Planner(
@@ -90,6 +109,22 @@ def test_a_budget_puts_them_there(packed: Path, tmp_path: Path) -> None:
     assert planner.choose(2 * held.peak).choice.weight_tier == "device"
     with pytest.raises(MemoryBudgetError, match="weights on disk"):
         planner.choose(least - 1)
+
+
+def test_a_plan_counts_inputs_of_layers_on_the_disk(packed: Path, tmp_path: Path) -> None:
+    config = settings(packed, tmp_path, "run", micro_batch=1)
+    rows = Rows(longest=512, count=32, heldout=(0, 0))
+    planner = Planner(config, Target("CPU", True, torch.float32, None), rows, runtime=10**8)
+    held, host, disk = (
+        planner.plan(Choice(1, True, 1, True, None, "device", tier)) for tier in ("device", "host", "disk")
+    )
+    assert host.peak == held.peak  # a CPU's memory is the host's
+    assert held.peak - disk.peak == (6 - activations.IN_MEMORY) * 512 * 256 * 4
+    assert "MB more on disk" in disk.phases[1].parts[0].detail
+    chosen = planner.choose(planner.plan(Choice(1, True, 6, True, 0, "disk", "disk")).peak).choice
+    assert chosen.activation_tier == "disk"
+    assert "activations on disk" in chosen.text()
+    assert planner.choose(10**9).choice.activation_tier == "device"
 
 
 @pytest.mark.parametrize(("room", "where"), [(False, "disk"), (True, "device")])

@@ -19,6 +19,8 @@ _SMALL_CHUNK = 1.02
 _PAGING = 1.03
 #: What fresh memory for every block costs a small model (docs/log.md).
 _COMPACTING = 1.35
+#: What writing and reading the inputs of layers costs, beside the computing.
+_WAITING = 1.05
 #: What reading weights from the disk for every micro-batch costs.
 _READING = 1.5
 
@@ -30,23 +32,26 @@ def alternatives(
     heaps: Sequence[bool] = (False,),
     optimizer_memory: int | None = None,
     tiers: Sequence[str] = ("device",),
+    activation_tiers: Sequence[str] = ("device",),
 ) -> list[Choice]:
     """All choices, those expected to be faster first.
 
-    heaps  whether the heap may, or must, be compacted
-    tiers  where the packed weights may be; those on the disk need activation checkpointing
+    heaps             whether the heap may, or must, be compacted
+    tiers             where the packed weights may be; those on the disk need activation checkpointing
+    activation_tiers  where the inputs of layers may wait, with activation checkpointing
     """
     sizes = [1 << power for power in range(effective_batch.bit_length())]
     rows = sorted({*(size for size in sizes if size <= effective_batch), effective_batch})
     chunks = sorted({loss_chunk, max(1, loss_chunk // 4)})
     found = [
-        Choice(n, recompute, chunk, compact, paged, tier)
+        Choice(n, recompute, chunk, compact, paged, tier, waiting)
         for n in rows
         for recompute in (False, True)
         for chunk in chunks
         for compact in heaps
         for paged in dict.fromkeys((optimizer_memory, 0))
         for tier in tiers
+        for waiting in (activation_tiers if recompute else ("device",))
         if recompute or tier == "device"
     ]
 
@@ -55,6 +60,7 @@ def alternatives(
         time *= _RECOMPUTING if choice.activation_checkpointing else 1
         time *= _SMALL_CHUNK if choice.loss_chunk < loss_chunk else 1
         time *= _PAGING if choice.optimizer_memory == 0 else 1
+        time *= _WAITING if choice.activation_tier != "device" else 1
         time *= _READING if choice.weight_tier == "disk" else 1
         return time * (_COMPACTING if choice.compact_heap else 1)
 

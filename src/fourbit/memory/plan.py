@@ -50,6 +50,7 @@ class Choice:
     compact_heap              whether freed memory goes back to the system at once (on a CPU)
     optimizer_memory          MiB of optimizer states that stay beside the weights; None: all
     weight_tier               of the packed weights: device, or disk
+    activation_tier           of what checkpointing keeps: device, host, or disk
     """
 
     micro_batch: int
@@ -58,14 +59,16 @@ class Choice:
     compact_heap: bool = False
     optimizer_memory: int | None = None
     weight_tier: str = "device"
+    activation_tier: str = "device"
 
     def text(self) -> str:
         recomputed = "with" if self.activation_checkpointing else "no"
         heap = ", compact heap" if self.compact_heap else ""
         paged = ", paged optimizer" if self.optimizer_memory is not None else ""
         weights = ", weights on disk" if self.weight_tier == "disk" else ""
+        inputs = f", activations on {self.activation_tier}" if self.activation_tier != "device" else ""
         micro_batch = f"micro_batch {self.micro_batch}, {recomputed} checkpointing"
-        return f"{micro_batch}, loss_chunk {self.loss_chunk}{heap}{paged}{weights}"
+        return f"{micro_batch}, loss_chunk {self.loss_chunk}{heap}{paged}{weights}{inputs}"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ same order whatever the budget is; while one is computed on, the next is read an
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import TrainingError
+from fourbit.memory.scratch import ScratchFile
 
 #: Pages on their way at once: one is read, one computed on, one written.
 BUFFERS = 3
@@ -136,46 +134,27 @@ class Pages:
 
 
 class _File:
-    """Pages in a file without a name, so that nothing of it stays whatever happens to the process."""
+    """Pages in a file without a name."""
 
     def __init__(self, sizes: Sequence[int], folder: Path | None) -> None:
-        where = str(folder) if folder is not None else tempfile.gettempdir()
-        total = sum(sizes)
+        self._file = ScratchFile(
+            folder, "optimizer states", "let more of them stay in memory (train.optimizer_memory)"
+        )
         try:
-            self._file = tempfile.TemporaryFile(dir=where, buffering=0)  # noqa: SIM115  # close() ends it
-            try:
-                _reserve(self._file.fileno(), total)
-            except OSError:
-                self._file.close()
-                raise
-        except OSError as error:
-            raise TrainingError(
-                f"{where}: no room for {total / 1e6:,.0f} MB of optimizer states ({error.strerror}); free "
-                "some, or let more of them stay in memory (train.optimizer_memory)"
-            ) from None
-        self._where = where
+            self._file.reserve(sum(sizes))
+        except TrainingError:
+            self._file.close()
+            raise
         self._starts = [sum(sizes[:page]) for page in range(len(sizes))]
-        self.close: Callable[[], object] = weakref.finalize(self, self._file.close)
 
     def read(self, page: int, buffer: Tensor) -> None:
-        self._move(os.preadv, page, buffer)
+        self._file.read(self._starts[page], buffer)
 
     def write(self, page: int, buffer: Tensor) -> None:
-        self._move(os.pwritev, page, buffer)
+        self._file.write(self._starts[page], buffer)
 
-    def _move(self, move: Callable[..., int], page: int, buffer: Tensor) -> None:
-        view, done = buffer.numpy().data, 0
-        try:
-            while done < len(view):
-                moved = move(self._file.fileno(), [view[done:]], self._starts[page] + done)
-                if moved == 0:
-                    raise OSError(0, "the file ends too early")
-                done += moved
-        except OSError as error:
-            raise TrainingError(
-                f"{self._where}: optimizer states cannot be read or written ({error.strerror}); what was "
-                "saved before is whole: put that right, then go on with --resume"
-            ) from None
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Host:
@@ -193,11 +172,3 @@ class _Host:
 
     def close(self) -> None:
         self._pages.clear()
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the room for a file now, so that a full disk is told before training and not within a step."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, max(1, size))
-    else:
-        os.truncate(descriptor, size)

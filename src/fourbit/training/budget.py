@@ -99,6 +99,7 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
         "loss_chunk": choice.loss_chunk,
         "compact_heap": choice.compact_heap,
         "optimizer_memory": choice.optimizer_memory,
+        "activation_tier": choice.activation_tier,
     }
     changed = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     return _with_weights(changed, choice.weight_tier)

@@ -23,6 +23,7 @@ from fourbit.data.render import Example
 from fourbit.errors import ConfigError, nearest
 from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
+from fourbit.memory.activations import IN_MEMORY
 from fourbit.memory.cards import find_card
 from fourbit.memory.choose import alternatives, choose
 from fourbit.memory.measure import wants_compact_heap
@@ -162,6 +163,7 @@ class Planner:
             self._compacts,
             train.optimizer_memory,
             self._config.model.weight_tier,
+            train.activation_tier,
         )
 
     @property
@@ -169,6 +171,12 @@ class Planner:
         """Where the packed weights may be."""
         asked = self._config.model.weight_tier
         return ("device", "disk") if asked == "device" and self._can_map else (asked,)
+
+    @property
+    def activation_tiers(self) -> tuple[str, ...]:
+        """Where the inputs of checkpointed layers may wait."""
+        asked = self._config.train.activation_tier
+        return ("device", "disk" if self._target.on_cpu else "host") if asked == "device" else (asked,)
 
     def choose(self, budget: int) -> Plan:
         """The fastest plan within a budget in bytes. Raises MemoryBudgetError."""
@@ -180,6 +188,7 @@ class Planner:
             (True,) if self._compacts else (False, True) if self._target.on_cpu else (False,),
             train.optimizer_memory,
             self.tiers,
+            self.activation_tiers,
         )
         weights, bits = self.weights.trained // 4, self._bits
         if (
@@ -291,11 +300,14 @@ class Planner:
         trained = max(1, min(rows * (tokens - 1), round(rows * tokens * self._rows.trained)))
         needs = self._rehearsal.layers(rows, tokens, recompute)
         loss = self._loss(rows, tokens, trained, choice.loss_chunk)
-        kept = Part(
-            "checkpoints" if recompute else "activations",
-            needs.kept,
-            f"{'inputs of layers' if recompute else 'what backward reads'}, {rows} x {tokens:,} tokens",
+        here = ("device", "host") if self._target.on_cpu else ("device",)
+        beyond = 0 if choice.activation_tier in here else max(0, self._rehearsal.depth - IN_MEMORY)
+        elsewhere = beyond * needs.layer
+        where = f", {elsewhere / 1e6:,.0f} MB more on {choice.activation_tier}" if elsewhere else ""
+        name, made_of = (
+            ("checkpoints", "inputs of layers") if recompute else ("activations", "read by backward")
         )
+        kept = Part(name, needs.kept - elsewhere, f"{made_of}, {rows} x {tokens:,} tokens{where}")
         layer = needs.highest - needs.kept
         if loss > layer:
             top = Part("loss chunk", loss, f"{choice.loss_chunk} MiB of logits, and gradients")
@@ -304,7 +316,7 @@ class Planner:
         holes = 0.0
         if self._target.on_cpu and not choice.compact_heap:
             keeping = min(needs.kept, _HOLES_KEEPING) + _HOLES_SHARE * needs.kept
-            holes = _HOLES_RECOMPUTING * needs.highest if recompute else keeping
+            holes = _HOLES_RECOMPUTING * (needs.highest - elsewhere) if recompute else keeping
         return Phase("a training step", (kept, top, Part("holes in the heap", round(holes), "estimated")))
 
     def _loss(self, rows: int, tokens: int, trained: int, chunk: int, gradient: bool = True) -> int:

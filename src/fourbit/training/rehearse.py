@@ -37,10 +37,12 @@ class Needs:
     kept     what stands after the forward pass through all layers: inputs of layers, or with activation
              checkpointing off everything that backward reads
     highest  the peak of going forward and back, `kept` included
+    layer    one layer's share of `kept`
     """
 
     kept: int
     highest: int
+    layer: int = 0
 
 
 class Rehearsal:
@@ -113,8 +115,9 @@ class Rehearsal:
     def _at_full_depth(self, rows: int, tokens: int) -> Needs:
         counts = [min(self.depth, n) for n in (_FEW, _MORE)]
         few, more = (self._run(n, rows, tokens) for n in counts)
-        kept = more.kept + (self.depth - counts[1]) * (more.kept - few.kept)
-        return Needs(kept, kept + more.highest - more.kept)  # one layer at a time goes back
+        layer = more.kept - few.kept
+        kept = more.kept + (self.depth - counts[1]) * layer
+        return Needs(kept, kept + more.highest - more.kept, layer)  # one layer at a time goes back
 
     def _run(self, layers: int, rows: int, tokens: int) -> Needs:
         self._use_layers(layers)
@@ -159,6 +162,7 @@ def _line(first: Needs, second: Needs, further: int) -> Needs:
     return Needs(
         second.kept + further * (second.kept - first.kept),
         second.highest + further * (second.highest - first.highest),
+        second.layer + further * (second.layer - first.layer),
     )
 
 

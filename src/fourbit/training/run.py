@@ -29,6 +29,7 @@ from fourbit.data.read import iter_rows
 from fourbit.data.view import report_table
 from fourbit.errors import ConfigError, nearest
 from fourbit.kernels import native
+from fourbit.memory.activations import checkpoints_in
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory, wants_compact_heap
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
@@ -109,9 +110,9 @@ def run(
 ) -> RunResult:
     """Load the base, attach the adapter and train, all as the settings say.
 
-    memory   bytes to stay below, for which micro_batch, activation_checkpointing, loss_chunk, compact_heap,
-             optimizer_memory and model.weight_tier are chosen; raises MemoryBudgetError before the start
-             where that cannot be
+    memory   bytes to stay below, for which micro_batch, activation_checkpointing, activation_tier,
+             loss_chunk, compact_heap, optimizer_memory and model.weight_tier are chosen; raises
+             MemoryBudgetError before the start where that cannot be
     predict  plan the memory without a budget too, refuse what exceeds the machine's, keep the plan
     """
     folder = Path(config.output)
@@ -282,7 +283,8 @@ def _fit_locked(
     done = 0 if resume_from is None else resume_from.state.progress.step
     metrics = MetricsWriter(folder, config.train.tensorboard, done)
     try:
-        with ProgressLine(console, total, done) as line:
+        tier = config.train.activation_tier
+        with ProgressLine(console, total, done) as line, checkpoints_in(tier, base, folder):
             outcome = run_loop(work, metrics, line, record, resume_from)
     finally:
         metrics.close()
