@@ -13,9 +13,8 @@ from torch import nn
 
 from fourbit.errors import TrainingError
 from fourbit.memory import activations
-from fourbit.memory.activations import checkpoints_in
+from fourbit.memory.activations import ActivationTier, checkpoint_activations
 from fourbit.memory.tracker import PeakTracker
-from fourbit.training.loop import checkpoint_activations
 from tests.tiny import llama
 
 DEPTH = 6
@@ -46,7 +45,7 @@ def backward(model: nn.Module, tokens: int = 9, seed: int = 0) -> list[torch.Ten
 def test_gradients_have_the_same_bytes(tier: str, dtype: torch.dtype, model: Any, tmp_path: Path) -> None:
     model.to(dtype)
     wanted = [backward(model, tokens, tokens) for tokens in (9, 5, 12)]
-    with checkpoints_in(tier, model, tmp_path):
+    with ActivationTier(model, tier, tmp_path):
         found = [backward(model, tokens, tokens) for tokens in (9, 5, 12)]
         assert not list(tmp_path.iterdir())
     assert all(
@@ -66,7 +65,7 @@ def test_few_inputs_are_in_memory_at_a_time(model: Any, tmp_path: Path) -> None:
     """What the forward pass leaves behind does not grow with the depth."""
 
     def left(tier: str) -> int:
-        with checkpoints_in(tier, model, tmp_path), PeakTracker(model.parameters()) as tracker:
+        with ActivationTier(model, tier, tmp_path), PeakTracker(model.parameters()) as tracker:
             loss = model(
                 input_ids=torch.zeros(2, 512, dtype=torch.int64), use_cache=False, logits_to_keep=1
             ).logits.sum()
@@ -80,7 +79,7 @@ def test_few_inputs_are_in_memory_at_a_time(model: Any, tmp_path: Path) -> None:
 
 def test_a_step_that_was_given_up_leaves_its_room(model: Any, tmp_path: Path) -> None:
     wanted = backward(model)
-    with checkpoints_in("disk", model, tmp_path):
+    with ActivationTier(model, "disk", tmp_path):
         model(input_ids=torch.zeros(2, 9, dtype=torch.int64), use_cache=False)  # no backward
         one = model(input_ids=torch.zeros(2, 9, dtype=torch.int64), use_cache=False).logits.sum()
         found = backward(model)  # another graph meanwhile
@@ -101,7 +100,7 @@ def test_a_failing_disk_is_one_line(
         if call == "posix_fallocate"
         else "activations cannot be read or written"
     )
-    with checkpoints_in("disk", model, tmp_path), pytest.raises(TrainingError, match=message) as error:
+    with ActivationTier(model, "disk", tmp_path), pytest.raises(TrainingError, match=message) as error:
         backward(model)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import fourbit
 from fourbit.errors import ConfigError, ModelError
 from fourbit.evaluate.generate import generate
+from fourbit.memory.activations import checkpoint_activations
 from fourbit.memory.mapped import MappedFile
 from fourbit.memory.stream import hold_weights, stream_of
 from fourbit.nn.linear import Linear4bit
-from fourbit.training.loop import checkpoint_activations
 from tests.tiny import byte_tokenizer, llama, save_llama
 
 LAYERS = 5

@@ -9,10 +9,10 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 
 import fourbit
 from fourbit.errors import ConfigError, ModelError
+from fourbit.memory.activations import checkpoint_activations
 from fourbit.model.adapters import key_source, load_adapter, parameter_counts
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
-from fourbit.training.loop import checkpoint_activations
 from tests.tiny import save_llama
 
 

@@ -1,4 +1,4 @@
-"""Inputs of checkpointed layers that wait for backward in another tier: in a file, or in host memory.
+"""Activation checkpointing, and its layer inputs that wait for backward in a file or in host memory.
 
 With activation checkpointing the forward pass leaves one tensor [B, T, hidden] for each decoder layer.
 Backward takes them in the opposite order, so they are a stack: a thread writes each as the next layer
@@ -9,18 +9,22 @@ the depth.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from fourbit.memory.scratch import ScratchFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Layer inputs in memory at a time: two that are written, or one that is used and one that is read.
 IN_MEMORY = 2
@@ -99,34 +103,56 @@ class ActivationFile:
         return found.to(kept.device)
 
 
-@contextmanager
-def checkpoints_in(tier: str, model: nn.Module, folder: Path) -> Iterator[None]:
-    """Within this block the inputs of a model's checkpointed layers wait in a tier.
+class ActivationTier:
+    """Where the inputs of a model's checkpointed layers wait, within a `with` block.
 
-    tier   device: where they are; host: host memory, pinned where there is a GPU; disk: a file in folder
-    model  of transformers, its activation checkpointing on
+    model   of transformers
+    tier    device: where they are; host: host memory, pinned where there is a GPU; disk: a file in folder
     """
-    if tier == "device":
-        yield
-        return
-    store = ActivationFile(folder) if tier == "disk" else None
-    pinned = torch.cuda.is_available()
-    layers = [module for module in model.modules() if hasattr(module, _CHECKPOINTING)]
-    before = [getattr(layer, _CHECKPOINTING) for layer in layers]
 
-    def moving(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def checkpoint_elsewhere(*args: Any, **kwargs: Any) -> Any:
-            with store.hooks() if store is not None else save_on_cpu(pin_memory=pinned):
-                return checkpoint(*args, **kwargs)
+    def __init__(self, model: nn.Module, tier: str, folder: Path) -> None:
+        self._model, self._tier, self._folder = model, tier, folder
+        self._undo = ExitStack()
 
-        return checkpoint_elsewhere
+    def __enter__(self) -> ActivationTier:
+        self.use(self._tier)
+        return self
 
-    try:
-        for layer, checkpoint in zip(layers, before, strict=True):
-            setattr(layer, _CHECKPOINTING, moving(checkpoint))
-        yield
-    finally:
-        for layer, checkpoint in zip(layers, before, strict=True):
-            setattr(layer, _CHECKPOINTING, checkpoint)
-        if store is not None:
-            store.close()
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def use(self, tier: str) -> None:
+        """From now on they wait there."""
+        self._undo.close()
+        if tier == "disk":
+            store = ActivationFile(self._folder)
+            self._undo.callback(store.close)
+            self._checkpoint_within(store.hooks)
+        elif tier == "host":
+            self._checkpoint_within(partial(save_on_cpu, pin_memory=torch.cuda.is_available()))
+
+    def _checkpoint_within(self, block: Callable[[], AbstractContextManager[Any]]) -> None:
+        for layer in self._model.modules():
+            checkpoint = getattr(layer, _CHECKPOINTING, None)
+            if checkpoint is not None:
+                self._undo.callback(setattr, layer, _CHECKPOINTING, checkpoint)
+                setattr(layer, _CHECKPOINTING, partial(_within, block, checkpoint))
+
+
+def _within(
+    block: Callable[[], AbstractContextManager[Any]], call: Callable[..., Any], *args: Any, **named: Any
+) -> Any:
+    with block():
+        return call(*args, **named)
+
+
+def checkpoint_activations(base: PreTrainedModel) -> None:
+    """Keep only the inputs of decoder layers and recompute the rest in backward."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def keep_activations(base: PreTrainedModel) -> None:
+    """Keep what backward reads, and recompute nothing."""
+    disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+    disable()

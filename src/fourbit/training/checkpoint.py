@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class State:
     metrics_bytes  length of metrics.jsonl at the time
     settings       sections model, lora, data and train of the run's settings
     identity       what the run is made of (training.identity)
+    relief         settings that were changed because memory had run out
     """
 
     progress: Progress
@@ -67,6 +68,7 @@ class State:
     metrics_bytes: int
     settings: dict[str, Any]
     identity: dict[str, Any]
+    relief: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

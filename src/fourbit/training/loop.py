@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from fourbit.config import TrainSettings
 from fourbit.data.batch import Batch, collate, effective_batches
@@ -27,7 +28,9 @@ from fourbit.data.examples import length_of
 from fourbit.data.pack import collate_packed
 from fourbit.data.render import Example
 from fourbit.data.steps import groups
+from fourbit.errors import TrainingError
 from fourbit.evaluate.heldout import heldout_loss
+from fourbit.memory.activations import ActivationTier, checkpoint_activations
 from fourbit.memory.measure import peak_bytes
 from fourbit.model.adapters import key_source
 from fourbit.nn.lora import LoraLinear
@@ -39,6 +42,7 @@ from fourbit.training.guard import Guard
 from fourbit.training.identity import Record
 from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine, StepView
+from fourbit.training.relief import OutOfMemory, next_relief, reason_of, relieve
 from fourbit.training.repeatable import repeatable, seed_micro_batch
 from fourbit.training.schedule import learning_rate
 
@@ -79,18 +83,6 @@ def steps_in_run(examples: int, settings: TrainSettings) -> int:
     return min(total, settings.max_steps) if settings.max_steps else total
 
 
-def checkpoint_activations(base: PreTrainedModel) -> None:
-    """Keep only the inputs of decoder layers and recompute the rest in backward."""
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def keep_activations(base: PreTrainedModel) -> None:
-    """Keep what backward reads, and recompute nothing."""
-    disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
-    disable()
-
-
 def run_loop(
     work: Work,
     metrics: MetricsWriter,
@@ -103,6 +95,7 @@ def run_loop(
     record  what checkpoints say of the run's settings and of what it is made of
     """
     settings, model = work.settings, work.model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     total = steps_in_run(len(work.train), settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     memory = settings.optimizer_memory
@@ -116,9 +109,11 @@ def run_loop(
         folder=work.folder,
     )
     progress, guard = checkpoint.Progress(), Guard()
+    relief: dict[str, Any] = {}
     if resume_from is not None:
         checkpoint.restore(resume_from, model, optimizer)
         progress, guard = resume_from.state.progress, Guard(resume_from.state.guard)
+        relief = resume_from.state.relief
     first_step, first_tokens = progress.step, progress.tokens
     if settings.packing is not None:
         check_packing(model, work.pad_id, work.device)
@@ -126,12 +121,25 @@ def run_loop(
     def save() -> None:
         # Metrics first: a checkpoint on the disk must find there all lines that came before it.
         size = metrics.sync()
-        state = checkpoint.State(progress, guard.state(), size, record.settings, record.identity)
+        state = checkpoint.State(progress, guard.state(), size, record.settings, record.identity, relief)
         checkpoint.save(work.folder, model, optimizer, state, settings.keep_checkpoints)
 
+    def go_on_with(changes: dict[str, Any], why: str) -> Work:
+        relief.update(changes)
+        line.note(f"{why}: going on with " + ", ".join(f"{key} {value}" for key, value in changes.items()))
+        return replace(work, settings=relieve(work.settings, changes, base, optimizer, tier))
+
+    if settings.activation_checkpointing:
+        checkpoint_activations(base)
     train_mode(model)
     began = time.monotonic()
-    with _interrupt_flag() as interrupted, repeatable(work.device, settings.deterministic):
+    with (
+        _interrupt_flag() as interrupted,
+        repeatable(work.device, settings.deterministic),
+        ActivationTier(base, settings.activation_tier, work.folder) as tier,
+    ):
+        if relief:
+            work = go_on_with(relief, "memory ran out before")
         if _is_evaluation_due(progress, settings, total):  # an interrupt came before it
             _evaluate(work, progress, metrics, line)
             save()
@@ -139,7 +147,18 @@ def run_loop(
         for step, rows in _steps(work, first_step, total) if stopped == "done" else ():
             rate = learning_rate(step, total, work.learning_rate, settings.warmup_ratio, settings.schedule)
             step_began = time.monotonic()
-            taken = _optimizer_step(work, optimizer, parameters, guard, step, rows, rate, interrupted)
+            while True:
+                try:
+                    taken = _optimizer_step(work, optimizer, parameters, guard, step, rows, rate, interrupted)
+                    break
+                except OutOfMemory as error:
+                    why = f"step {step + 1}: {error}"
+                changes = next_relief(work.settings, work.device.type == "cpu")
+                if changes is None:
+                    raise TrainingError(
+                        f"{why}; nothing is left to give up: lower data.max_length, or lora.r, and start anew"
+                    )
+                work = go_on_with(changes, why)
             if taken is None:
                 save()
                 stopped = "interrupted"
@@ -225,15 +244,39 @@ def _optimizer_step(
     """(mean loss per labelled token, gradient norm before clipping, tokens seen, warning or None).
 
     None after an interrupt between two micro-batches: the step is given up and has changed nothing, since
-    who sends SIGTERM may not wait for the end of a long step.
+    who sends SIGTERM may not wait for the end of a long step. Raises OutOfMemory, likewise.
     """
+    loss: float | None = None
+    shortage = None
+    try:
+        loss = _add_gradients(work, step, rows, interrupted)
+    except RuntimeError as error:
+        shortage = reason_of(error)
+        if shortage is None:
+            raise
+    if shortage is not None:  # raised here, since the error above holds on to the tensors of its frames
+        raise OutOfMemory(shortage)
+    if loss is None:
+        optimizer.zero_grad(set_to_none=True)
+        return None
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, work.settings.max_grad_norm).item()
+    apply, warning = guard.check(step, loss, grad_norm, [work.train[row].source for row in rows])
+    if apply:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, sum(length_of(work.train, row) for row in rows), warning
+
+
+def _add_gradients(work: Work, step: int, rows: list[int], interrupted: Callable[[], bool]) -> float | None:
+    """Mean loss per labelled token, its gradients left in the weights; None after an interrupt."""
     # Position 0 predicts nothing before it, so a label there carries no loss.
     labelled = max(1, sum(sum(work.train[row].trained[1:]) for row in rows))
     keys = key_source(work.model)
     loss = 0.0
     for index, batch in enumerate(_micro_batches(work, rows)):
         if index > 0 and interrupted():
-            optimizer.zero_grad(set_to_none=True)
             return None
         seed_micro_batch(work.settings.seed, step, index)
         if keys is not None:
@@ -244,14 +287,7 @@ def _optimizer_step(
         loss += loss_sum.item() / labelled
     if keys is not None:
         keys.clear()
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, work.settings.max_grad_norm).item()
-    apply, warning = guard.check(step, loss, grad_norm, [work.train[row].source for row in rows])
-    if apply:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, sum(length_of(work.train, row) for row in rows), warning
+    return loss
 
 
 def _micro_batches(work: Work, rows: list[int]) -> Iterator[Batch]:

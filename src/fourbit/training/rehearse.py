@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fourbit.codebooks import codebook
 from fourbit.errors import ModelError
+from fourbit.memory.activations import checkpoint_activations, keep_activations
 from fourbit.memory.tracker import PeakTracker, fake_tensors
 from fourbit.model.adapters import key_source
 from fourbit.nn.attention import use_tiled_attention
@@ -24,7 +25,7 @@ from fourbit.nn.decoder import layer_list
 from fourbit.nn.fused import fuse
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import head_loss, split_model
-from fourbit.training.loop import checkpoint_activations, keep_activations, train_mode
+from fourbit.training.loop import train_mode
 
 #: Decoder layers of the two rehearsals whose difference is one layer's share.
 _FEW, _MORE = 1, 2

@@ -29,7 +29,6 @@ from fourbit.data.read import iter_rows
 from fourbit.data.view import report_table
 from fourbit.errors import ConfigError, nearest
 from fourbit.kernels import native
-from fourbit.memory.activations import checkpoints_in
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory, wants_compact_heap
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
@@ -42,7 +41,7 @@ from fourbit.nn.fused import fuse
 from fourbit.training import checkpoint, durable, identity
 from fourbit.training.budget import Budget, open_budget, prediction, with_choice
 from fourbit.training.lock import check_free, hold
-from fourbit.training.loop import Outcome, Work, checkpoint_activations, run_loop, steps_in_run
+from fourbit.training.loop import Outcome, Work, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine
 from fourbit.training.record import describe_sources, held_as, write_record
@@ -274,8 +273,6 @@ def _fit_locked(
     if config.train.fused and work.device.type == "cpu" and native.available():
         use_tiled_attention(base)
         console.print(fuse(base).line(), highlight=False, soft_wrap=True)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(base)
     hidden_size = base.config.get_text_config().hidden_size
     if wants_compact_heap(config.train.compact_heap, hidden_size, work.device.type == "cpu"):
         compact_heap()
@@ -283,8 +280,7 @@ def _fit_locked(
     done = 0 if resume_from is None else resume_from.state.progress.step
     metrics = MetricsWriter(folder, config.train.tensorboard, done)
     try:
-        tier = config.train.activation_tier
-        with ProgressLine(console, total, done) as line, checkpoints_in(tier, base, folder):
+        with ProgressLine(console, total, done) as line:
             outcome = run_loop(work, metrics, line, record, resume_from)
     finally:
         metrics.close()
