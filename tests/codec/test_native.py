@@ -41,6 +41,11 @@ def by_the_reference(dtype: torch.dtype, quant_type: str, block_size: int) -> tu
     return reference.quantize_4bit(blocks_of_every_kind(dtype), codebook(quant_type), block_size)
 
 
+def quantized(w: torch.Tensor, values: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    return codes, native.quantize_4bit(w, *thresholds(values), block_size, codes)
+
+
 def dequantized(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor) -> Tensor:
     native.dequantize_4bit(codes, absmax, None, None, values, block_size, out)
     return out
@@ -56,7 +61,7 @@ def test_the_best_instruction_set_is_the_default() -> None:
 def test_bytes_of_the_reference(isa: str, threads: int, quant_type: str, dtype: torch.dtype) -> None:
     w, values = blocks_of_every_kind(dtype), codebook(quant_type)
     for block_size in (32, 64, 4096):
-        codes, absmax = native.quantize_4bit(w, *thresholds(values), block_size)
+        codes, absmax = quantized(w, values, block_size)
         expected = by_the_reference(dtype, quant_type, block_size)
         assert torch.equal(codes, expected[0])
         assert torch.equal(absmax.view(torch.int32), expected[1].view(torch.int32))
@@ -92,7 +97,7 @@ def test_inputs_that_start_anywhere(isa: str) -> None:
     for dtype in DTYPES:
         w = torch.randn(1001).to(dtype)
         expected = reference.quantize_4bit(w[1:], codebook("nf4"), 64)
-        got = native.quantize_4bit(w[1:], *thresholds(codebook("nf4")), 64)
+        got = quantized(w[1:], codebook("nf4"), 64)
         assert all(map(torch.equal, got, expected))
 
 
@@ -121,6 +126,6 @@ def test_first_value_that_is_not_finite(isa: str, threads: int, dtype: torch.dty
     for position in (SIZE - 1, 2 * 65_536 + 1, 65_535, 33, 0):
         w[position] = bad
         assert native.find_nonfinite(w) == position
-        _, absmax = native.quantize_4bit(w, *thresholds(codebook("nf4")), 64)
+        _, absmax = quantized(w, codebook("nf4"), 64)
         assert not absmax[position // 64].isfinite()
         assert absmax[: position // 64].isfinite().all()

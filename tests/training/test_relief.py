@@ -143,6 +143,7 @@ def test_what_counts_as_memory_that_ran_out() -> None:
         torch.empty(1 << 60)
     assert reason_of(error.value) is not None
     assert reason_of(torch.OutOfMemoryError("a\nb")) == "a"
+    assert reason_of(MemoryError()) == "there is no memory"
     assert reason_of(RuntimeError("a")) is None
 
 

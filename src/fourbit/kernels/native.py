@@ -183,14 +183,13 @@ def find_nonfinite(w: Tensor) -> int:
     return found
 
 
-def quantize_4bit(w: Tensor, thresholds: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize_4bit(w: Tensor, thresholds: Tensor, order: Tensor, block_size: int, codes: Tensor) -> Tensor:
     """Quantize the contiguous w of n values with `codebooks.thresholds`: (fp32 [15], uint8 [16]).
 
-    Returns codes uint8 [ceil(n / 2)] and absmax fp32 [ceil(n / block_size)]. The absmax of a block that
-    holds a NaN or an infinity is not finite, and its codes mean nothing.
+    Fills codes, uint8 [ceil(n / 2)], and returns absmax, fp32 [ceil(n / block_size)]. The absmax of a block
+    that holds a NaN or an infinity is not finite, and its codes mean nothing.
     """
     n = w.numel()
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
     status = library().fb_quantize_4bit(
         w.data_ptr(),
@@ -204,7 +203,7 @@ def quantize_4bit(w: Tensor, thresholds: Tensor, order: Tensor, block_size: int)
         torch.get_num_threads(),
     )
     check(status, "quantize_4bit")
-    return codes, absmax
+    return absmax
 
 
 def dequantize_4bit(

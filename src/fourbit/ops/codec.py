@@ -60,7 +60,8 @@ def _quantize(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Ten
     check_float(w.dtype, "the tensor to quantize")
     check_block_size(block_size)
     if runs_native(w):
-        return native.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size)
+        codes = allocate(((w.numel() + 1) // 2,), torch.uint8, w.device)
+        return codes, native.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
     return reference.quantize_4bit(w, codebook, block_size)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
-_WORTH_ADVISING = 16 << 20
+_WORTH_ADVISING = 4 << 20
 _MADV_HUGEPAGE = 14  # of Linux
 
 _local = threading.local()

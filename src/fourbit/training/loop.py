@@ -250,7 +250,7 @@ def _optimizer_step(
     shortage = None
     try:
         loss = _add_gradients(work, step, rows, interrupted)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         shortage = reason_of(error)
         if shortage is None:
             raise

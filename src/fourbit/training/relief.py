@@ -21,10 +21,11 @@ class OutOfMemory(Exception):
     """A step did not fit; it has changed nothing. The text is the allocator's own first line."""
 
 
-def reason_of(error: RuntimeError) -> str | None:
+def reason_of(error: RuntimeError | MemoryError) -> str | None:
     """What an allocator says of itself in this error; None for an error of another kind."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text else None
+    text = (str(error).strip().splitlines() or ["there is no memory"])[0]
+    ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return text if ours or "can't allocate memory" in text else None
 
 
 def next_relief(settings: TrainSettings, on_cpu: bool) -> dict[str, Any] | None:
