@@ -123,6 +123,17 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(fourbit: Fourbit, h
     assert files(here) == before
 
 
+@pytest.mark.planned
+def test_a_dry_run_predicts_memory_and_time(fourbit: Fourbit) -> None:
+    init(fourbit)
+    code, out, error = fourbit("train", "run.yaml", *SMALL, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["predicted_peak_bytes"] == plan["plan"]["peak"]
+    assert plan["predicted_seconds"] > 0
+    assert "time: about 0:0" in error
+
+
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(
     fourbit: Fourbit, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

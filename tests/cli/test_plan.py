@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,18 @@ def test_the_table_fits_a_terminal_and_json_has_all(
     assert (code, plan["fits"], plan["budget"]) == (0, True, 12 * 10**9)
     held = sum(part["size"] for part in plan["held"])
     assert plan["peak"] == held + max(phase["size"] for phase in plan["phases"])
+
+
+def test_time_is_this_machines(fourbit: Fourbit) -> None:
+    words = ("plan", "--model", "model", "--time", "--set", "data.max_length=16")
+    code, out, _ = fourbit(*words)
+    assert code == 0
+    assert re.search(r"\na step takes about \S+ s here, 1,000 such rows \d+\.\d minutes\n", out)
+    assert json.loads(fourbit(*words, "--json")[1])["step_seconds"] > 0
+    assert json.loads(fourbit(*words[:3], "--json")[1])["step_seconds"] is None
+    code, _, error = fourbit(*words, "--device", "a6000")
+    assert code == 2
+    assert "--time times this machine's CPU, and this plan is for " in error
 
 
 def test_a_device_that_is_none_is_no_card(fourbit: Fourbit) -> None:

@@ -60,7 +60,7 @@ def _closing(metrics: dict[str, Any], stopped: str, folder: str) -> str:
     }[stopped]
     lines = [
         f"{how} after {metrics['steps']} steps, {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s "
-        f"({metrics['tokens_per_second']:,.0f} tokens/s), {_peak(metrics)}"
+        f"({metrics['tokens_per_second']:,.0f} tokens/s{_time(metrics)}), {_peak(metrics)}"
     ]
     if metrics["heldout_loss"] is not None:
         lines.append(f"best held-out loss {metrics['heldout_loss']:.4f} at step {metrics['best_step']}")
@@ -69,6 +69,11 @@ def _closing(metrics: dict[str, Any], stopped: str, folder: str) -> str:
     else:
         lines += [f"adapter: {folder}/adapter", f"talk to it: fourbit chat {folder}"]
     return "\n".join(lines)
+
+
+def _time(metrics: dict[str, Any]) -> str:
+    predicted = metrics.get("predicted_seconds")
+    return "" if predicted is None else f", {predicted:.0f} s predicted"
 
 
 def _peak(metrics: dict[str, Any]) -> str:

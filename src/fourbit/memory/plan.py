@@ -94,6 +94,7 @@ class Plan:
     phases           what each moment of a run needs beside them
     budget           bytes that were asked to suffice, or None
     refused          alternatives that were passed over under a budget
+    step_seconds     of an optimizer step on this machine, where it was timed
     """
 
     model: str
@@ -107,6 +108,7 @@ class Plan:
     phases: tuple[Phase, ...]
     budget: int | None = None
     refused: tuple[Refused, ...] = ()
+    step_seconds: float | None = None
 
     @property
     def highest(self) -> Phase:

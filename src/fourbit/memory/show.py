@@ -38,6 +38,9 @@ def print_plan(plan: Plan, out: Console) -> None:
     held = sum(part.size for part in plan.held)
     others = ", ".join(f"{p.name} {size_text(held + p.size)}" for p in plan.phases if p is not highest)
     line(f"\npeak of other phases: {others}")
+    if plan.step_seconds is not None:
+        minutes = 1000 / 60 * plan.step_seconds / plan.effective_batch
+        line(f"a step takes about {plan.step_seconds:.3g} s here, 1,000 such rows {minutes:,.1f} minutes")
     if plan.budget is not None:
         verdict = "fits" if plan.fits else "does not fit"
         line(f"{verdict} in {size_text(plan.budget)}")

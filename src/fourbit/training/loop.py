@@ -281,7 +281,7 @@ def _add_gradients(work: Work, step: int, rows: list[int], interrupted: Callable
         seed_micro_batch(work.settings.seed, step, index)
         if keys is not None:
             keys.set(work.settings.seed, step, batch.rows, batch.position_ids)
-        with _autocast(work):
+        with autocast(work):
             loss_sum, _ = causal_lm_loss(work.model, batch, work.settings.loss_chunk)
         (loss_sum / labelled).backward()
         loss += loss_sum.item() / labelled
@@ -306,7 +306,7 @@ def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter,
         return
     began = time.monotonic()
     work.model.eval()
-    with _autocast(work):
+    with autocast(work):
         result = heldout_loss(work.model, work.heldout, work.pad_id)
     train_mode(work.model)
     better = progress.best_loss is None or result.loss < progress.best_loss
@@ -334,7 +334,8 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def _autocast(work: Work) -> AbstractContextManager[object]:
+def autocast(work: Work) -> AbstractContextManager[object]:
+    """The block that a run's forward passes are computed in."""
     if work.autocast_dtype is None:
         return nullcontext()
     return torch.autocast(work.device.type, work.autocast_dtype)

@@ -35,7 +35,7 @@ class StepView:
             f"lr {self.learning_rate:.1e}",
             f"grad {self.grad_norm:.2f}",
             f"{self.tokens_per_second:,.0f} tok/s",
-            f"{_clock(self.seconds_left)} left",
+            f"{duration_text(self.seconds_left)} left",
             f"{'peak ' if wide else ''}{self.peak_bytes / 1e9:.2f} GB",
         ]
         return ("  " if wide else " ").join(parts)
@@ -84,7 +84,8 @@ class ProgressLine:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """M:SS, or H:MM:SS."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -27,7 +27,7 @@ from fourbit.data.examples import Examples
 from fourbit.data.gate import prepare
 from fourbit.data.read import iter_rows
 from fourbit.data.view import report_table
-from fourbit.errors import ConfigError, nearest
+from fourbit.errors import ConfigError, ModelError, nearest
 from fourbit.kernels import native
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory, wants_compact_heap
 from fourbit.memory.show import print_plan
@@ -41,9 +41,10 @@ from fourbit.nn.fused import fuse
 from fourbit.training import checkpoint, durable, identity
 from fourbit.training.budget import Budget, open_budget, prediction, with_choice
 from fourbit.training.lock import check_free, hold
-from fourbit.training.loop import Outcome, Work, run_loop, steps_in_run
+from fourbit.training.loop import Outcome, Work, autocast, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter
-from fourbit.training.progress import ProgressLine
+from fourbit.training.pace import measure_pace
+from fourbit.training.progress import ProgressLine, duration_text
 from fourbit.training.record import describe_sources, held_as, write_record
 from fourbit.training.run_folder import check_folder, prepare_folder, with_measured_dtype
 
@@ -132,9 +133,13 @@ def dry_run(config: RunConfig, console: Console, memory: int | None = None) -> d
     budget = open_budget(config, memory, console)
     model, tokenizer = prepare_model(config, console)
     encoded, examples, heldout = prepare_data(config, tokenizer, console)
-    plan = budget.plan(examples, heldout, len(tokenizer)) if budget is not None else None
-    if plan is not None:
+    plan, time = None, {}
+    if budget is not None:
+        plan = budget.plan(examples, heldout, len(tokenizer))
         print_plan(plan, console)
+        chosen = with_choice(config, plan.choice)
+        _use_kernels(model, chosen, console)
+        time = _predict_time(_work(model, tokenizer, chosen, examples, heldout), console)
     trainable, total = parameter_counts(model)
     steps = steps_in_run(len(examples), config.train)
     console.print(
@@ -152,6 +157,7 @@ def dry_run(config: RunConfig, console: Console, memory: int | None = None) -> d
         "trainable_parameters": trainable,
         "parameters": total,
         **prediction(plan),
+        **time,
     }
 
 
@@ -269,15 +275,13 @@ def _fit_locked(
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
         highlight=False,
     )
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if config.train.fused and work.device.type == "cpu" and native.available():
-        use_tiled_attention(base)
-        console.print(fuse(base).line(), highlight=False, soft_wrap=True)
+    base = _use_kernels(model, config, console)
     hidden_size = base.config.get_text_config().hidden_size
     if wants_compact_heap(config.train.compact_heap, hidden_size, work.device.type == "cpu"):
         compact_heap()
     release_free_memory()
     done = 0 if resume_from is None else resume_from.state.progress.step
+    time = _predict_time(work, console, (total - done) / total) if budget is not None else {}
     metrics = MetricsWriter(folder, config.train.tensorboard, done)
     try:
         with ProgressLine(console, total, done) as line:
@@ -291,7 +295,7 @@ def _fit_locked(
     if not isinstance(model, PeftModel) and outcome.progress.best_step:
         # A whole model is loaded with its tokenizer.
         tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
-    summary = {**_summary(model, work, outcome), **prediction(plan)}
+    summary = {**_summary(model, work, outcome), **prediction(plan), **time}
     with durable.disk_errors(str(folder / "summary.json")):
         durable.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_record([folder, folder / checkpoint.ADAPTER], config, sources, summary)
@@ -337,6 +341,28 @@ def _check_data(config: RunConfig) -> None:
     """
     for _ in iter_rows([*config.data.train, *config.data.heldout], config.data):
         pass
+
+
+def _use_kernels(model: PreTrainedModel | PeftModel, config: RunConfig, console: Console) -> Any:
+    """Compute with our attention, norms and MLPs where the settings and the machine let us; the base."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if config.train.fused and base.device.type == "cpu" and native.available():
+        use_tiled_attention(base)
+        console.print(fuse(base).line(), highlight=False, soft_wrap=True)
+    return base
+
+
+def _predict_time(work: Work, console: Console, share: float = 1.0) -> dict[str, Any]:
+    """Say how long this share of a run will take; what summary.json keeps is for the whole."""
+    try:
+        with console.status("timing a few layers"):
+            pace = measure_pace(work.model, work.settings, work.train, lambda: autocast(work))
+    except ModelError as error:
+        console.print(f"time is not predicted: {error}", highlight=False, soft_wrap=True, markup=False)
+        return {}
+    seconds = pace.run(work.settings, work.train, work.heldout)
+    console.print(f"time: about {duration_text(share * seconds)} predicted", highlight=False)
+    return {"predicted_seconds": round(seconds, 3)}
 
 
 def _summary(model: PreTrainedModel | PeftModel, work: Work, outcome: Outcome) -> dict[str, Any]:

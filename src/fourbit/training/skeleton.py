@@ -21,10 +21,13 @@ from fourbit.model.formats import bnb, hf
 from fourbit.model.quantizer import FourBitConfig, FourBitQuantizer, linear_names
 
 
-def run_skeleton(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+def run_skeleton(
+    config: RunConfig, dtype: torch.dtype, layers: int | None = None
+) -> PreTrainedModel | PeftModel:
     """What `prepare_model` would give, on the meta device; reads configuration and headers, no weights.
 
-    dtype  of what stays unquantized, and of products
+    dtype   of what stays unquantized, and of products
+    layers  at most so many decoder layers; None: all
     Raises ModelError or ConfigError as loading would.
     """
     settings, full = config.model, config.lora is None
@@ -32,6 +35,9 @@ def run_skeleton(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel | Pef
     found = read_config(place, place.is_file(), settings.trust_remote_code)
     stored = getattr(found, "quantization_config", None)
     check_readable(settings.path, stored)
+    if layers is not None:
+        text = found.get_text_config()
+        text.num_hidden_layers = min(layers, text.num_hidden_layers)
     scheme = None
     if stored is not None:
         _, scheme = bnb.convert_names(hf.open_folder(place), str(place))

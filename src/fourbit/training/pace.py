@@ -1,0 +1,219 @@
+"""How fast a run goes on this machine: a few of its decoder layers, timed for a few seconds.
+
+Every layer of a decoder costs the same, so one alone and a few together give the cost of all of them and of
+what is around them. Micro-batches of two sizes give a line in tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourbit.config import RunConfig, TrainSettings
+from fourbit.data.batch import Batch, collate
+from fourbit.data.examples import length_of, lengths_of
+from fourbit.data.pack import collate_packed
+from fourbit.data.render import Example
+from fourbit.data.steps import epoch_fill, groups
+from fourbit.errors import ModelError
+from fourbit.evaluate.heldout import TOKENS_PER_BATCH
+from fourbit.kernels import native
+from fourbit.memory.activations import checkpoint_activations
+from fourbit.memory.measure import release_free_memory
+from fourbit.model.adapters import key_source
+from fourbit.model.base import locate, read_config
+from fourbit.model.compute import choose_compute_dtype
+from fourbit.nn.attention import use_tiled_attention
+from fourbit.nn.decoder import layer_list
+from fourbit.nn.fused import fuse
+from fourbit.nn.linear import Linear4bit
+from fourbit.nn.loss import causal_lm_loss, split_model
+from fourbit.training.loop import steps_in_run, train_mode
+from fourbit.training.skeleton import run_skeleton
+
+#: Layers that are timed together, beside one alone; of slow ones fewer.
+_LAYERS, _SLOW_LAYERS = 4, 2
+#: A call is made once untimed, then at least so often, and for so many seconds; a slow one is made once.
+_TIMES, _SECONDS, _SLOW = 2, 0.4, 1.0
+#: Optimizer steps from whose micro-batches two are taken.
+_STEPS = 8
+#: Forward passes that a token's gradient costs: forward, backward, and recomputing.
+_PASSES_KEEPING, _PASSES_RECOMPUTING = 3.0, 4.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of each micro-batch, of each of its tokens, and of each token of held-out rows."""
+
+    batch: float
+    token: float
+    scored: float
+
+    def step(self, settings: TrainSettings, train: Sequence[Example]) -> float:
+        """Seconds of an optimizer step, on average."""
+        fill = epoch_fill(train, settings)
+        steps = math.ceil(len(train) / settings.effective_batch)
+        return (fill.batches * self.batch + fill.computed * self.token) / steps
+
+    def run(self, settings: TrainSettings, train: Sequence[Example], heldout: Sequence[Example]) -> float:
+        """Seconds of a whole run, its evaluations included."""
+        steps = steps_in_run(len(train), settings)
+        evaluations = math.ceil(steps / settings.eval_every)
+        return steps * self.step(settings, train) + evaluations * sum(lengths_of(heldout)) * self.scored
+
+
+def measure_pace(
+    model: Any,
+    settings: TrainSettings,
+    train: Sequence[Example],
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    depth: int | None = None,
+) -> Pace:
+    """The pace of a model with the kernels that it will train with; gradients are cleared, weights stay.
+
+    depth  the layers to give the pace for; None: as many as the model has
+
+    Raises ModelError where its layers cannot be told apart.
+    """
+    if settings.activation_checkpointing:
+        checkpoint_activations(_base(model))
+    rows = range(min(len(train), _STEPS * settings.effective_batch))
+    sizes = sorted(groups(rows, train, settings), key=lambda g: sum(length_of(train, row) for row in g))
+    lay = collate if settings.packing is None else collate_packed
+    device = next(model.parameters()).device
+    small, large = (lay([train[row] for row in sizes[at]], 0).to(device) for at in (len(sizes) // 4, -1))
+
+    def step(batch: Batch) -> None:
+        train_mode(model)
+        keys = key_source(model)
+        if keys is not None:
+            keys.set(settings.seed, 0, batch.rows, batch.position_ids)
+        with autocast():
+            loss, _ = causal_lm_loss(model, batch, settings.loss_chunk)
+        loss.backward()
+        if keys is not None:
+            keys.clear()
+        model.zero_grad(set_to_none=True)
+
+    def score(batch: Batch) -> None:
+        model.eval()
+        with torch.no_grad(), autocast():
+            causal_lm_loss(model, batch)
+
+    few, many = small.input_ids.numel(), large.input_ids.numel()
+    depth = depth or _depth(model)
+    more = _seconds(model, depth, lambda: step(large))
+    token = more / many
+    if more > _SLOW * depth:
+        passes = _PASSES_RECOMPUTING if settings.activation_checkpointing else _PASSES_KEEPING
+        scored = token / passes
+    else:
+        if few < many:
+            token = min(token, max(0.0, more - _seconds(model, depth, lambda: step(small))) / (many - few))
+        count = max(1, TOKENS_PER_BATCH // max(length_of(train, row) for row in rows))
+        heldout = collate([train[row] for row in rows[:count]], 0).to(device)
+        scored = _seconds(model, depth, lambda: score(heldout)) / heldout.input_ids.numel()
+    release_free_memory()
+    return Pace(more - token * many, token, scored)
+
+
+def step_seconds(config: RunConfig) -> float:
+    """What an optimizer step of a run takes on this machine's CPU, its rows data.max_length tokens long.
+
+    No weights are read, random ones stand for them: a few layers, and embeddings and head as they are.
+    Raises ModelError or ConfigError as loading would.
+    """
+    settings, length = config.train, config.data.max_length
+    dtype = choose_compute_dtype(config.model.compute_dtype, torch.device("cpu")).dtype
+    place = locate(config.model.path, config.model.revision)
+    whole = read_config(place, place.is_file(), config.model.trust_remote_code)
+    model: Any = run_skeleton(config, dtype, _LAYERS)
+    _fill(model.to_empty(device="cpu"))
+    if settings.fused and native.available():
+        use_tiled_attention(_base(model))
+        fuse(_base(model))
+    trained = [False] + [True] * (length - 1)
+    rows = [Example([0] * length, trained, row, "", 1) for row in range(settings.effective_batch)]
+    mixed = config.lora is None and dtype != torch.float32
+    within = (lambda: torch.autocast("cpu", dtype)) if mixed else nullcontext
+    depth = int(whole.get_text_config().num_hidden_layers)
+    return measure_pace(model, settings, rows, within, depth).step(settings, rows)
+
+
+def _fill(model: nn.Module) -> None:
+    """Numbers of an ordinary size: others, such as those next to zero, may take other times."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0.0, 0.02) if tensor.ndim > 1 else tensor.fill_(1.0)
+            elif tensor.dtype == torch.uint8:
+                tensor.random_(0, 256)
+            else:
+                tensor.zero_()
+        for layer in model.modules():
+            if isinstance(layer, Linear4bit):
+                scales = layer.weight_absmax if layer.weight_consts is None else layer.weight_consts
+                scales.view(torch.float32).fill_(0.02)
+
+
+def _seconds(model: Any, depth: int, call: Callable[[], None]) -> float:
+    """What a call takes through so many layers of a model, from what it takes through some."""
+    device = next(model.parameters()).device
+    with _layers(model, 1):
+        one = _timed(call, device)
+    if _depth(model) == 1:
+        return depth * one
+    several = min(_depth(model), _LAYERS if one < _SLOW else _SLOW_LAYERS)
+    with _layers(model, several):
+        each = (_timed(call, device) - one) / (several - 1)
+    return one + (depth - 1) * max(0.0, each)
+
+
+def _timed(call: Callable[[], None], device: torch.device) -> float:
+    taken: list[float] = []
+    began = time.monotonic()
+    while len(taken) <= _TIMES or time.monotonic() - began < _SECONDS:
+        start = time.monotonic()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.monotonic() - start)
+        if taken[0] > _SLOW:
+            return taken[0]
+    return median(taken[1:])
+
+
+def _depth(model: Any) -> int:
+    return int(_base(model).config.get_text_config().num_hidden_layers)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _layers(model: Any, count: int) -> Iterator[None]:
+    """A block in which a model has only the first of its decoder layers."""
+    text, depth = _base(model).config.get_text_config(), _depth(model)
+    owner, name = layer_list(split_model(model)[0], depth)
+    whole = getattr(owner, name)
+    setattr(owner, name, nn.ModuleList(list(whole)[:count]))
+    text.num_hidden_layers = count
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ModelError(
+            f"the time of {type(_base(model)).__name__} cannot be predicted ({reason})"
+        ) from error
+    finally:
+        setattr(owner, name, whole)
+        text.num_hidden_layers = depth
