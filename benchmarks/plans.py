@@ -17,7 +17,8 @@ from pathlib import Path
 
 from fourbit.config_file import resolve
 from fourbit.memory.plan import Choice, Plan
-from fourbit.training.planner import Planner, Rows, Target
+from fourbit.training.planner import Planner
+from fourbit.training.target import Rows, Target
 
 #: Kind, then hidden size, feed-forward, layers, heads, KV heads, words.
 SHAPES = {

@@ -34,7 +34,8 @@ from fourbit.errors import FourBitError, ModelError
 from fourbit.evaluate.task import EvalResult, evaluate
 from fourbit.memory.measure import peak_resident_bytes
 from fourbit.model.load import load_report
-from fourbit.training.run import fit, prepare_model
+from fourbit.training.prepare import prepare_model
+from fourbit.training.run import fit
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "recipes" / "cpu-demo.yaml"

@@ -64,7 +64,7 @@ def test_what_fits_nowhere_has_an_exit_code(fourbit: Fourbit, monkeypatch: pytes
     code, out, error = fourbit("plan", "--model", "model", "--device", "a6000", "--memory", "10MB")
     assert (code, out) == (9, "")
     assert error.startswith("fourbit plan: error: 10 MB of memory do not suffice: the least that works here")
-    monkeypatch.setattr("fourbit.training.planner.find_card", lambda name: Card("small", 100_000_000))
+    monkeypatch.setattr("fourbit.training.target.find_card", lambda name: Card("small", 100_000_000))
     code, out, _ = fourbit("plan", "--model", "model", "--device", "small")
     assert code == 9
     assert "does not fit in 100 MB" in out

@@ -146,7 +146,7 @@ def heldout_words(run: Run, count: int) -> list[Word]:
 def test_the_rows_are_those_that_training_held_out(run: Run) -> None:
     from rich.console import Console
 
-    from fourbit.training.run import prepare_data
+    from fourbit.training.prepare import prepare_data
 
     _, _, heldout = prepare_data(run.config, byte_tokenizer(), Console(quiet=True))
     assert list(heldout_examples(run.config, byte_tokenizer())) == list(heldout)

@@ -18,9 +18,10 @@ from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
 from fourbit.memory.weights import count_weights
 from fourbit.model.adapters import parameter_counts
-from fourbit.training.planner import Planner, Rows, Target
-from fourbit.training.run import prepare_model
+from fourbit.training.planner import Planner
+from fourbit.training.prepare import prepare_model
 from fourbit.training.skeleton import run_skeleton
+from fourbit.training.target import Rows, Target
 from tests.tiny import save_llama
 
 SHAPES = Path(__file__).parent / "shapes"

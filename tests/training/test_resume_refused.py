@@ -15,7 +15,7 @@ from fourbit.config import RunConfig
 from fourbit.errors import ConfigError
 from fourbit.kernels import native
 from fourbit.training import checkpoint, identity, loop
-from fourbit.training import run as training
+from fourbit.training.prepare import prepare_data, prepare_model
 from tests.tiny import llama
 from tests.training.contents import contents
 from tests.training.test_resume import trained
@@ -23,8 +23,8 @@ from tests.training.test_resume import trained
 
 def record_of(config: RunConfig) -> identity.Record:
     quiet = Console(file=io.StringIO())
-    model, tokenizer = training.prepare_model(config, quiet)
-    _, examples, heldout = training.prepare_data(config, tokenizer, quiet)
+    model, tokenizer = prepare_model(config, quiet)
+    _, examples, heldout = prepare_data(config, tokenizer, quiet)
     rate = config.train.learning_rate
     return identity.describe(
         config,

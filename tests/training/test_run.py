@@ -18,6 +18,7 @@ from fourbit.nn.linear import Linear4bit
 from fourbit.training import loop
 from fourbit.training import run as training
 from fourbit.training.guard import Guard
+from fourbit.training.prepare import prepare_model
 from fourbit.training.schedule import learning_rate
 
 
@@ -74,7 +75,7 @@ def test_a_run_learns_and_leaves_everything_behind(settings: Any) -> None:
 
 def test_the_base_is_untouched(settings: Any) -> None:
     config = settings()
-    model, tokenizer = training.prepare_model(config, quiet())
+    model, tokenizer = prepare_model(config, quiet())
     before = base_hash(model)
     training.train(
         model,

@@ -20,8 +20,9 @@ from fourbit.memory import activations
 from fourbit.memory.plan import Choice
 from fourbit.memory.stream import stream_of
 from fourbit.training import run as run_module
-from fourbit.training.planner import Planner, Rows, Target
+from fourbit.training.planner import Planner
 from fourbit.training.run import run
+from fourbit.training.target import Rows, Target
 from tests.tiny import byte_tokenizer, llama
 
 

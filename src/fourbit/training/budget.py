@@ -13,7 +13,8 @@ from fourbit.errors import MemoryBudgetError, ModelError
 from fourbit.memory.limits import memory_limit
 from fourbit.memory.plan import Choice, Plan
 from fourbit.memory.sizes import size_text
-from fourbit.training.planner import Planner, Rows, Target
+from fourbit.training.planner import Planner
+from fourbit.training.target import Rows, Target
 
 #: Rows that every run has at least: what does not fit with these cannot fit with any.
 _SHORTEST = Rows(longest=8)

@@ -8,14 +8,11 @@ choice is keyed by seed, epoch and step, so that a resumed loop goes on as the u
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -40,6 +37,7 @@ from fourbit.optim import PagedAdamW
 from fourbit.training import checkpoint
 from fourbit.training.guard import Guard
 from fourbit.training.identity import Record
+from fourbit.training.interrupt import interrupt_flag
 from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine, StepView
 from fourbit.training.relief import OutOfMemory, next_relief, reason_of, relieve
@@ -134,7 +132,7 @@ def run_loop(
     train_mode(model)
     began = time.monotonic()
     with (
-        _interrupt_flag() as interrupted,
+        interrupt_flag() as interrupted,
         repeatable(work.device, settings.deterministic),
         ActivationTier(base, settings.activation_tier, work.folder) as tier,
     ):
@@ -339,25 +337,3 @@ def autocast(work: Work) -> AbstractContextManager[object]:
     if work.autocast_dtype is None:
         return nullcontext()
     return torch.autocast(work.device.type, work.autocast_dtype)
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM sets a flag that the loop reads; a second one stops at once."""
-    raised = False
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal raised
-        if raised:
-            raise KeyboardInterrupt
-        raised = True
-
-    if threading.current_thread() is not threading.main_thread():  # signals are not ours to catch
-        yield lambda: False
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: raised
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

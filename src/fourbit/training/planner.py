@@ -7,7 +7,6 @@ Weights are counted on the model's skeleton, a step's memory is rehearsed on ten
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,24 @@ from peft import PeftModel
 
 from fourbit.config import DataSettings, LoraSettings, ModelSettings, RunConfig, TrainSettings
 from fourbit.config_file import resolve
-from fourbit.data.examples import lengths_of, trained_of
 from fourbit.data.pack import MULTIPLE
-from fourbit.data.render import Example
 from fourbit.errors import ConfigError, nearest
 from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
 from fourbit.memory.activations import IN_MEMORY
-from fourbit.memory.cards import find_card
 from fourbit.memory.choose import alternatives, choose
 from fourbit.memory.measure import wants_compact_heap
 from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
 from fourbit.memory.weights import Weights, count_weights
 from fourbit.model.base import is_packed
-from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.ops.linear import multiplies_panels
 from fourbit.optim.adamw import state_bytes
 from fourbit.shapes import rounded_size
 from fourbit.training.rehearse import Rehearsal
 from fourbit.training.runtime import CUDA_CONTEXT, runtime_bytes
 from fourbit.training.skeleton import run_skeleton
+from fourbit.training.target import Rows, Target
 
 #: Code that oneDNN generates and keeps for each shape of a bf16 product on a CPU (docs/log.md).
 _CODE_PER_PRODUCT = 670_000
@@ -55,65 +51,6 @@ _HOLES_RECOMPUTING, _HOLES_KEEPING, _HOLES_SHARE = 2.7, 180_000_000, 0.22
 _BYTES_PER_ROW = 200
 #: What cuBLAS keeps on a card (CUBLAS_WORKSPACE_CONFIG :4096:8, set for repeatable runs).
 _CUBLAS = 8 * 4096 * 1024
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What memory depends on in the rows of a run.
-
-    longest  tokens of the longest row
-    trained  the largest share of a row's tokens that carries a label
-    count    training rows
-    shapes   padded lengths that occur
-    words    of the tokenizer; None: as many as the model has
-    heldout  held-out rows, and tokens of the longest of them; None: as many and as long as may be
-    """
-
-    longest: int
-    trained: float = 1.0
-    count: int | None = None
-    shapes: int = 1
-    words: int | None = None
-    heldout: tuple[int, int] | None = None
-
-    @staticmethod
-    def of(train: Sequence[Example], heldout: Sequence[Example], words: int) -> Rows:
-        """The figures of encoded rows, and of the tokenizer."""
-        lengths = lengths_of(train)
-        others = lengths_of(heldout)
-        return Rows(
-            longest=max(lengths),
-            trained=max(n / length for n, length in zip(trained_of(train), lengths, strict=True)),
-            count=len(train),
-            shapes=len({rounded_size(length) for length in lengths}),
-            words=words,
-            heldout=(len(others), max(others, default=0)),
-        )
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a run will be: on this machine's processor or card, or on a named card that need not be here."""
-
-    name: str
-    on_cpu: bool
-    dtype: torch.dtype
-    memory: int | None
-
-    @staticmethod
-    def of(config: RunConfig, device: str | None) -> Target:
-        """`device` is cpu, cuda, or a card's name; None: where the settings say. Raises ConfigError."""
-        wanted = config.model.compute_dtype
-        if device is not None and device.split(":")[0] not in ("auto", "cpu", "cuda"):
-            card = find_card(device)
-            dtype = getattr(torch, wanted if wanted != "auto" else "bfloat16" if card.bf16 else "float16")
-            return Target(card.name, False, dtype, card.memory)
-        found = choose_device(device or config.model.device)
-        dtype = choose_compute_dtype(wanted, found).dtype
-        if found.type == "cpu":
-            return Target("CPU", True, dtype, None)
-        properties = torch.cuda.get_device_properties(found)
-        return Target(properties.name, False, dtype, properties.total_memory)
 
 
 class Planner:

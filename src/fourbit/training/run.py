@@ -22,20 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.config import DataSettings, RunConfig, TrainSettings, learning_rate_for
 from fourbit.config_file import dump_config, resolve
-from fourbit.data.encode import Encoded
 from fourbit.data.examples import Examples
-from fourbit.data.gate import prepare
-from fourbit.data.read import iter_rows
-from fourbit.data.view import report_table
 from fourbit.errors import ConfigError, ModelError, nearest
 from fourbit.kernels import native
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory, wants_compact_heap
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
 from fourbit.memory.stream import hold_weights, stream_of
-from fourbit.model.adapters import add_lora, parameter_counts
+from fourbit.model.adapters import parameter_counts
 from fourbit.model.compute import choose_compute_dtype, choose_device
-from fourbit.model.load import load, load_report
 from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.fused import fuse
 from fourbit.training import checkpoint, durable, identity
@@ -44,6 +39,7 @@ from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, autocast, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter
 from fourbit.training.pace import measure_pace
+from fourbit.training.prepare import check_data, prepare_data, prepare_model
 from fourbit.training.progress import ProgressLine, duration_text
 from fourbit.training.record import describe_sources, held_as, write_record
 from fourbit.training.run_folder import check_folder, prepare_folder, with_measured_dtype
@@ -118,7 +114,7 @@ def run(
     folder = Path(config.output)
     check_folder(folder, resume, overwrite)
     check_free(folder)
-    _check_data(config)
+    check_data(config)
     if resume:
         config = with_measured_dtype(folder, config)
     budget = open_budget(config, memory, console) if predict or memory is not None else None
@@ -129,7 +125,7 @@ def run(
 def dry_run(config: RunConfig, console: Console, memory: int | None = None) -> dict[str, Any]:
     """Load and check model and data, show the resolved settings, train and write nothing."""
     console.print(dump_config(config), highlight=False, soft_wrap=True)
-    _check_data(config)
+    check_data(config)
     budget = open_budget(config, memory, console)
     model, tokenizer = prepare_model(config, console)
     encoded, examples, heldout = prepare_data(config, tokenizer, console)
@@ -159,58 +155,6 @@ def dry_run(config: RunConfig, console: Console, memory: int | None = None) -> d
         **prediction(plan),
         **time,
     }
-
-
-def prepare_model(
-    config: RunConfig, console: Console
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The base as configured, with a fresh adapter, or all of it trainable under `lora: none`."""
-    settings = config.model
-    full = config.lora is None
-    base, tokenizer = load(
-        settings.path,
-        quant_type=settings.quant_type,
-        double_quant=settings.double_quant,
-        block_size=settings.block_size,
-        # Full fine-tuning keeps fp32 master weights and computes under autocast.
-        compute_dtype="float32" if full else settings.compute_dtype,
-        device=settings.device,
-        weight_tier=settings.weight_tier,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    report = load_report(base)
-    console.print(report.line(), highlight=False, soft_wrap=True)
-    console.print(
-        f"compute dtype {_short(report.rest_dtype)}: {report.compute_reason}", highlight=False, soft_wrap=True
-    )
-    model: PreTrainedModel | PeftModel = base
-    if config.lora is None:
-        base.requires_grad_(True)
-    else:
-        model = add_lora(base, **config.lora.model_dump(), seed=config.train.seed)
-    trainable, total = parameter_counts(model)
-    console.print(
-        f"trainable: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)", highlight=False
-    )
-    return model, tokenizer
-
-
-def prepare_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[Encoded, Examples, Examples]:
-    """(what was read, training examples, held-out examples); raises DataError with none to train on."""
-    with console.status("reading data") as status:
-        prepared = prepare(
-            config.data,
-            tokenizer,
-            config.train.seed,
-            lambda _, done, total: status.update(f"reading data: {done:,} rows"),
-        )
-    console.print(report_table(prepared.report.lines()))
-    if prepared.encoded.origin:
-        console.print(prepared.encoded.origin)
-    return prepared.encoded, prepared.train, prepared.heldout
 
 
 def fit(
@@ -334,15 +278,6 @@ def _autocast_dtype(
     return None if only_lora or dtype == torch.float32 else dtype
 
 
-def _check_data(config: RunConfig) -> None:
-    """Before the model is loaded, so that a mistake in a file's last line costs seconds and not minutes.
-
-    The rows are read again when they are needed, not kept beside the model.
-    """
-    for _ in iter_rows([*config.data.train, *config.data.heldout], config.data):
-        pass
-
-
 def _use_kernels(model: PreTrainedModel | PeftModel, config: RunConfig, console: Console) -> Any:
     """Compute with our attention, norms and MLPs where the settings and the machine let us; the base."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -398,10 +333,6 @@ def _streamed(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 def _name_of(model: PreTrainedModel | PeftModel) -> str:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return str(getattr(base.config, "name_or_path", None) or "unnamed")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _SECTIONS: dict[str, type[TrainSettings] | type[DataSettings]] = {

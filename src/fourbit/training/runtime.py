@@ -78,7 +78,8 @@ def measure(dtype: str) -> int:
     from rich.console import Console
 
     from fourbit.config_file import resolve
-    from fourbit.training import run
+    from fourbit.training.prepare import prepare_model
+    from fourbit.training.run import fit
 
     console = Console(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,8 +94,8 @@ def measure(dtype: str) -> int:
                 "output": f"{folder}/run",
             }
         )
-        model, tokenizer = run.prepare_model(config, console)
-        run.fit(model, tokenizer, config, console)
+        model, tokenizer = prepare_model(config, console)
+        fit(model, tokenizer, config, console)
         del model, tokenizer
     gc.collect()
     release_free_memory()

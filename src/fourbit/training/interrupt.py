@@ -1,0 +1,31 @@
+"""Ctrl-C and SIGTERM as a question that the loop asks where it can stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM sets a flag that the loop reads; a second one stops at once."""
+    raised = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if raised:
+            raise KeyboardInterrupt
+        raised = True
+
+    if threading.current_thread() is not threading.main_thread():  # signals are not ours to catch
+        yield lambda: False
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: raised
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
