@@ -23,7 +23,7 @@
 #endif
 
 // Raised whenever a signature below or its meaning changes; the loader refuses another number.
-#define FB_ABI_VERSION 4
+#define FB_ABI_VERSION 5
 
 FB_API int64_t fb_abi(void);
 
@@ -150,3 +150,32 @@ typedef struct {
 // Both return 2 where there is no memory for their scratch, some 8 bytes for each value of k, times threads.
 FB_API int fb_attention(const FbAttention* problem, int threads);
 FB_API int fb_attention_grad(const FbAttention* problem, int threads);
+
+// One token for each of a few rows through decoder layers of Llama's structure (arXiv:2302.13971), in place in
+// `hidden`: x += o(attention(rotary(q(norm x)), rotary(k(norm x)), v(norm x))), x += down(act(gate(norm x)) * up(norm x)).
+// Its keys and values are written into the last used slot of a cache [rows, kv_heads, room, width].
+typedef struct {
+    FbProduct product;  // without x, rows, dtype, y and low
+    const float* up;    // scaling B^T, [rank, out_features]
+} FbDecodeLinear;
+
+typedef struct {
+    FbDecodeLinear q, k, v, o, gate, up, down;
+    const float *input_norm, *output_norm;  // [hidden_size], of RMS norms
+    const float *q_norm, *k_norm;           // [width], of each head, or null
+    void *keys, *values;
+    int64_t window;  // positions that a token sees, its own included; 0: all
+} FbDecodeLayer;
+
+typedef struct {
+    const FbDecodeLayer* layer;
+    int64_t layers, rows, hidden_size, feed_forward, heads, kv_heads, width, slots, room;
+    int64_t few_rows;  // up to so many, packed codes are multiplied as they are; more need fb_has_product
+    void* hidden;      // [rows, hidden_size]
+    const int64_t* positions;  // [rows, slots] of what the slots hold, the last one's own; negative: nothing
+    const float *cos, *sin;    // [rows, width]
+    float eps, scale;          // of the norms, of the scores
+    int activation, dtype;
+} FbDecode;
+
+FB_API int fb_decode(const FbDecode* problem, int threads);

@@ -67,6 +67,33 @@ struct GatedRun {
     int64_t n;
 };
 
+// y [n] = y + low [rank] times up [rank, n].
+struct LowRow {
+    const float *low, *up;
+    int64_t rank, n;
+    int dtype;
+    void* y;
+};
+
+// Heads x [heads, width] of one token, turned in place by the angles of cos and sin [width].
+struct RotaryRow {
+    void* x;
+    int dtype;
+    int64_t heads, width;
+    const float *cos, *sin;
+};
+
+// Queries [group, width] of one token against the cached keys and values [slots, width] of their head.
+struct CachedHead {
+    const void *q, *keys, *values;
+    const int64_t* positions;  // [slots], the last one the token's own; negative: nothing is there
+    int64_t slots, window, group, width;
+    float scale;
+    int dtype;
+    float* room;  // [2 width + slots]
+    void* out;    // [group, width]
+};
+
 // Attention, see attention.h. Tiles of queries and of keys, and the widest head.
 constexpr int64_t ATTENTION_TILE = 64, ATTENTION_MAX_WIDTH = 256;
 
@@ -143,6 +170,11 @@ struct ProductKernels {
     void rms_norm_grad(const NormRow& row);                                                           \
     void gated(const GatedRun& run);                                                                  \
     void gated_grad(const GatedRun& run);                                                             \
+    void widen(const void* x, int dtype, int64_t n, float* out);                                      \
+    void add(void* y, const void* x, int dtype, int64_t n);                                           \
+    void add_low(const LowRow& row);                                                                  \
+    void rotate(const RotaryRow& row);                                                                \
+    void attend(const CachedHead& head);                                                              \
     extern const AttentionKernels attention;                                                          \
     extern const ProductKernels product;                                                              \
     }
@@ -167,6 +199,11 @@ struct Kernels {
     decltype(scalar::rms_norm_grad)* rms_norm_grad;
     decltype(scalar::gated)* gated;
     decltype(scalar::gated_grad)* gated_grad;
+    decltype(scalar::widen)* widen;  // this and the next four: between the products of a decoded token, decode.h
+    decltype(scalar::add)* add;
+    decltype(scalar::add_low)* add_low;
+    decltype(scalar::rotate)* rotate;
+    decltype(scalar::attend)* attend;
     const AttentionKernels* attention;       // of bf16
     const AttentionKernels* attention_wide;  // of the others
     const ProductKernels* product;           // of bf16, and of fp32; null where there is none

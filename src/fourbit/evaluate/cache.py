@@ -43,6 +43,16 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values, self._key_room, self._value_room = keys, values, None, None
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
+    def claim(self) -> tuple[Tensor, Tensor]:
+        """Count one more slot as used, which the caller writes; both buffers, [B, heads, room, head_dim]."""
+        assert self.keys is not None
+        assert self.values is not None
+        length = self.keys.shape[2] + 1
+        self._key_room = _room(self.keys, self._key_room, length)
+        self._value_room = _room(self.values, self._value_room, length)
+        self.keys, self.values = self._key_room[:, :, :length], self._value_room[:, :, :length]
+        return self._key_room, self._value_room
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` slots."""
         if self.is_initialized and self.keys is not None and self.values is not None:
@@ -71,8 +81,14 @@ def _append(used: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Ten
     """The used slots followed by the new ones, and the buffer that holds them."""
     length = used.shape[2]
     total = length + new.shape[2]
-    if room is None or room.shape[2] < total:
-        room = new.new_empty(*new.shape[:2], -(-total // _STEP) * _STEP, new.shape[3])
-        room[:, :, :length] = used
+    room = _room(used, room, total)
     room[:, :, length:total] = new
     return room[:, :, :total], room
+
+
+def _room(used: Tensor, room: Tensor | None, total: int) -> Tensor:
+    """A buffer that begins with the used slots and has at least `total`."""
+    if room is None or room.shape[2] < total:
+        room = used.new_empty(*used.shape[:2], -(-total // _STEP) * _STEP, used.shape[3])
+        room[:, :, : used.shape[2]] = used
+    return room

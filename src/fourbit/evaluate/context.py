@@ -26,6 +26,7 @@ from fourbit.errors import DataError, ModelError
 from fourbit.evaluate.attention import evaluation_attention
 from fourbit.evaluate.batching import length_batches
 from fourbit.evaluate.cache import changed_cache, empty_cache
+from fourbit.evaluate.stack import Stack, agreeing_stack
 from fourbit.nn.loss import split_model
 
 Progress = Callable[[int, int], None]
@@ -72,6 +73,8 @@ class Context:
 
     def __init__(self, model: nn.Module, cache: DynamicCache, positions: Tensor, logits: Tensor) -> None:
         self.model, self.cache, self.positions, self.logits = model, cache, positions, logits
+        self._stack: Stack | None = None
+        self._tried = False  # whether the model's structure is one that `Stack` decodes
 
     @property
     def lengths(self) -> Tensor:
@@ -87,12 +90,16 @@ class Context:
                                         its own position
         """
         known = torch.cat([self.positions, positions], dim=1)
+        single = visible is None and ids.shape[1] == 1 and self.positions.shape[1] > 0
+        if single and self._stack is not None and len(ids) <= self._stack.most_rows:
+            self.positions = known
+            return self._logits(self._stack.step(ids, known, self.cache))
         if visible is None:
             visible = (known[:, None] >= 0) & (known[:, None] <= positions[:, :, None])
         # Attention over nothing is NaN, so padding sees its own slot.
         own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
         visible[:, :, -ids.shape[1] :] |= own & (positions == PADDING)[:, :, None]
-        decoder, head = split_model(self.model)
+        decoder, _ = split_model(self.model)
         hidden = decoder(
             input_ids=ids,
             attention_mask=_layer_masks(_config(self.model), visible, positions, known),
@@ -101,17 +108,24 @@ class Context:
             use_cache=True,
         ).last_hidden_state
         self.positions = known
-        kept = hidden[:, -last:] if last else hidden  # [B, T', H]
-        return head.logits(kept.flatten(0, 1).contiguous()).unflatten(0, kept.shape[:2])
+        if single and not self._tried:
+            self._tried = True
+            self._stack = agreeing_stack(self.model, hidden, ids, known, self.cache)
+        return self._logits(hidden[:, -last:] if last else hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        _, head = split_model(self.model)
+        return head.logits(hidden.flatten(0, 1).contiguous()).unflatten(0, hidden.shape[:2])
 
     def fork(self) -> Context:
         """A second context over the same prompts; neither sees what the other appends.
 
         The prompts' keys and values are copied when the second is first extended.
         """
-        return Context(
-            self.model, changed_cache(self.cache, lambda tensor: tensor), self.positions, self.logits
-        )
+        copy = changed_cache(self.cache, lambda tensor: tensor)
+        forked = Context(self.model, copy, self.positions, self.logits)
+        forked._stack, forked._tried = self._stack, self._tried
+        return forked
 
     def crop(self, length: int) -> None:
         """Keep the first `length` slots of every row."""

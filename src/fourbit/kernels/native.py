@@ -26,7 +26,7 @@ from fourbit.errors import ConfigError
 from fourbit.kernels.pool import POOL
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
-_ABI = 4
+_ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -66,6 +66,7 @@ _SIGNATURES = {
     "fb_has_product": (_I, [_I]),
     "fb_product": (_I, [_P, _I]),
     "fb_product_grad": (_I, [_P, _I]),
+    "fb_decode": (_I, [_P, _I]),
     "fb_dropout": (_I, [_P, _I, _N, _N, _P, _P, _N, _N, _N, c_double, _P, _I]),
     "fb_rms_norm": (_I, [_P, _I, _N, _N, _P, c_float, _P, _P, _I]),
     "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),

@@ -18,7 +18,7 @@ from fourbit.kernels import native
 from fourbit.kernels.pool import POOL
 
 
-class _Product(ctypes.Structure):
+class Product(ctypes.Structure):
     """FbProduct of csrc/fourbit.h."""
 
     _fields_ = (
@@ -99,7 +99,7 @@ def product(
     """
     y = POOL.empty((x.shape[0], weight.out_features), x.dtype)
     low = None if adapter is None else torch.empty(x.shape[0], len(adapter.a), dtype=x.dtype, device="cpu")
-    problem = _problem(weight, adapter, x.shape[0], x.dtype)
+    problem = problem_of(weight, adapter, x.shape[0], x.dtype)
     problem.x, problem.bias, problem.y = x.data_ptr(), native.address(bias), y.data_ptr()
     problem.low, problem.few = native.address(low), few
     status = native.library().fb_product(ctypes.addressof(problem), torch.get_num_threads())
@@ -125,7 +125,7 @@ def product_grad(
     grad_x = POOL.empty((rows, weight.in_features), dtype) if needs_x else None
     grad_a = torch.empty_like(adapter.a) if adapter is not None and needs_adapter else None
     grad_b = torch.empty_like(adapter.b) if adapter is not None and needs_adapter else None
-    problem = _problem(weight, adapter, rows, dtype)
+    problem = problem_of(weight, adapter, rows, dtype)
     problem.x, problem.low, problem.grad = native.address(x), native.address(low), grad.data_ptr()
     problem.grad_x = native.address(grad_x)
     problem.grad_a, problem.grad_b = native.address(grad_a), native.address(grad_b)
@@ -134,9 +134,9 @@ def product_grad(
     return grad_x, grad_a, grad_b
 
 
-def _problem(weight: Packed, adapter: Adapter | None, rows: int, dtype: torch.dtype) -> _Product:
+def problem_of(weight: Packed, adapter: Adapter | None, rows: int, dtype: torch.dtype) -> Product:
     """Without what is read and written. Tensors are contiguous, and must stay alive: it holds addresses."""
-    problem = _Product(
+    problem = Product(
         rows=rows,
         in_features=weight.in_features,
         out_features=weight.out_features,

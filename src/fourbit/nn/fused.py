@@ -95,6 +95,24 @@ def _is_gated(module: nn.Module) -> bool:
     ) == len(names)
 
 
+def norm_parts(module: nn.Module) -> tuple[Tensor, float] | None:
+    """The weight fp32 [K] that an RMS norm multiplies by, and its eps; None for a module that is none."""
+    if not _is_norm(module):
+        return None
+    forward = _norm_forward(module)
+    if isinstance(forward, str):
+        return None
+    weight: Any = module.weight
+    added = (forward.__kwdefaults__ or {})["added"]
+    return (weight.detach().float() + added).contiguous(), _eps(module) or 0.0
+
+
+def gated_kind(module: nn.Module) -> int | None:
+    """The number in `ACTIVATIONS` of a gated MLP's activation; None for a module that is none."""
+    forward = _gated_forward(module) if _is_gated(module) else ""
+    return None if isinstance(forward, str) else int((forward.__kwdefaults__ or {})["number"])
+
+
 def _norm_forward(module: Any) -> Callable[[nn.Module, Tensor], Tensor] | str:
     for added in (0.0, 1.0):
 
@@ -117,9 +135,8 @@ def _gated_forward(module: Any) -> Callable[[nn.Module, Tensor], Tensor] | str:
     kind = next((i for i, f in enumerate(_FUNCTIONS) if torch.allclose(f(probe), given, atol=1e-6)), None)
     if kind is None:
         return f"its activation is neither of {', '.join(ACTIVATIONS)}"
-    number: int = kind
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor, *, number: int = kind) -> Tensor:
         product: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), number))
         return product
 

@@ -87,6 +87,16 @@ class LoraLinear(PeftLinear):
                 return None
         return adapter
 
+    def plain_adapter(self) -> Adapter | None:
+        """The one plain adapter that is active, without dropout; None where there is none or another kind."""
+        base: Any = self.get_base_layer()
+        name = self._fused_adapter(torch.empty(0, device=base.weight.device), (), {})
+        if name is None:
+            return None
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
+        return _adapter(a, b, float(self.scaling[name]), 0.0, None, 0)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused on packed weights: adding to 4-bit codes would corrupt them."""
         if isinstance(self.get_base_layer(), Linear4bit):

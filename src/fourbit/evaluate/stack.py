@@ -1,0 +1,188 @@
+"""One token for each row through all decoder layers in one native call, where a model has Llama's structure.
+
+A model matches by its modules, not by its name: decoder layers of two RMS norms, attention with rotary
+embedding and grouped heads, a gated MLP, every product a packed weight with at most one plain adapter. What
+cannot be seen in modules, such as factors on residuals, shows in numbers: the first token is computed both
+ways, and a model for which they differ keeps its own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.errors import ModelError
+from fourbit.evaluate.cache import RoomyLayer
+from fourbit.kernels.decode import Decoder, Layer, Linear, Shape
+from fourbit.kernels.product import Adapter
+from fourbit.nn.decoder import layer_list
+from fourbit.nn.fused import gated_kind, norm_parts
+from fourbit.nn.linear import Linear4bit
+from fourbit.nn.lora import LoraLinear
+from fourbit.nn.loss import split_model
+from fourbit.ops.library import runs_native
+from fourbit.ops.linear import FEW_ROWS, multiplies_panels
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
+#: How far hidden states may lie from the module's own, as a share of their norm.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+class Unfit(Exception):
+    """Why a model is not decoded in one call."""
+
+
+class Stack:
+    """The decoder of a model with the adapter that is active now. Raises Unfit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        decoder: Any = split_model(model)[0]
+        self._decoder = decoder
+        config: Any = self._decoder.config
+        depth = int(config.num_hidden_layers)
+        owner, name = layer_list(decoder, depth)
+        modules: list[Any] = list(getattr(owner, name))
+        if (
+            owner is not decoder
+            or _children(decoder) != _DECODER
+            or getattr(config, "attn_logit_softcapping", None)
+        ):
+            raise Unfit("its decoder is more than embeddings, layers and a norm")
+        weight: Tensor = self._decoder.norm.weight
+        self.dtype = weight.dtype
+        if not runs_native(weight):
+            raise Unfit("native code does not run here")
+        attention = modules[0].self_attn
+        width = int(attention.head_dim)
+        self._eps: set[float] = set()
+        layers = [self._layer(module, config, number) for number, module in enumerate(modules)]
+        if len(self._eps) > 1:
+            raise Unfit("its norms have several eps")
+        weights = sum(
+            weight.weight.out_features * weight.weight.in_features for weight in (layers[0].q, layers[0].up)
+        )
+        self.most_rows = (
+            1 << 30 if multiplies_panels(torch.empty(1, 1, dtype=self.dtype), weights) else FEW_ROWS
+        )
+        kind = gated_kind(modules[0].mlp)
+        assert kind is not None
+        self._native = Decoder(
+            Shape(
+                hidden_size=layers[0].q.weight.in_features,
+                feed_forward=layers[0].gate.weight.out_features,
+                heads=layers[0].q.weight.out_features // width,
+                kv_heads=layers[0].k.weight.out_features // width,
+                width=width,
+                eps=self._eps.pop(),
+                scale=float(attention.scaling),
+                activation=kind,
+                few_rows=FEW_ROWS,
+                dtype=self.dtype,
+            ),
+            layers,
+        )
+
+    def step(self, ids: Tensor, known: Tensor, cache: Any) -> Tensor:
+        """Hidden states [B, 1, H] after ids [B, 1], appended to the cache; known: `Context`'s [B, S + 1]."""
+        positions = known[:, -1:]
+        hidden: Tensor = self._decoder.embed_tokens(ids).to(self.dtype)
+        cos, sin = self._decoder.rotary_emb(hidden, positions)
+        hidden = hidden[:, 0].contiguous()
+        layers: list[RoomyLayer] = cache.layers
+        self._native.step(
+            hidden,
+            known.contiguous(),
+            cos[:, 0].float().contiguous(),
+            sin[:, 0].float().contiguous(),
+            [layer.claim() for layer in layers],
+        )
+        out: Tensor = self._decoder.norm(hidden[:, None])
+        return out
+
+    def agrees(self, own: Tensor, ids: Tensor, known: Tensor, cache: Any) -> bool:
+        """Whether a step gives what the model's own code gave; the cache stays as that left it."""
+        layers: list[Any] = cache.layers
+        last = [(layer.keys[:, :, -1].clone(), layer.values[:, :, -1].clone()) for layer in layers]
+        for layer in layers:
+            layer.truncate(known.shape[1] - 1)
+        found = self.step(ids, known, cache).float()
+        for layer, (key, value) in zip(layers, last, strict=True):
+            layer.keys[:, :, -1], layer.values[:, :, -1] = key, value
+        distance = (found - own.float()).norm() / own.float().norm()
+        return bool(distance <= _TOLERANCE[self.dtype])
+
+    def _layer(self, module: Any, config: Any, number: int) -> Layer:
+        attention, mlp = module.self_attn, module.mlp
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        slides = window if kinds is None or kinds[number] == "sliding_attention" else None
+        parts = _children(attention)
+        fits = (
+            _children(module) == _LAYER
+            and parts - _HEAD_NORMS == _ATTENTION
+            and parts & _HEAD_NORMS in (set(), _HEAD_NORMS)
+            and not list(attention.parameters(recurse=False))
+            and gated_kind(mlp) is not None
+        )
+        if not fits:
+            raise Unfit(f"{type(module).__name__} is not two norms, attention and a gated MLP")
+        head_norms = [self._norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if name in parts]
+        q_norm, k_norm = head_norms or (None, None)
+        return Layer(
+            q=self._linear(attention.q_proj),
+            k=self._linear(attention.k_proj),
+            v=self._linear(attention.v_proj),
+            o=self._linear(attention.o_proj),
+            gate=self._linear(mlp.gate_proj),
+            up=self._linear(mlp.up_proj),
+            down=self._linear(mlp.down_proj),
+            input_norm=self._norm(module.input_layernorm),
+            output_norm=self._norm(module.post_attention_layernorm),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            window=int(slides or 0),
+        )
+
+    def _norm(self, module: nn.Module) -> Tensor:
+        found = norm_parts(module)
+        if found is None:
+            raise Unfit(f"{type(module).__name__} is not an RMS norm")
+        self._eps.add(found[1])
+        return found[0]
+
+    def _linear(self, module: nn.Module) -> Linear:
+        adapter: Adapter | None = None
+        base = module
+        if isinstance(module, LoraLinear):
+            base = module.get_base_layer()
+            adapter = module.plain_adapter()
+            if (
+                adapter is None
+                and not module.disable_adapters
+                and set(module.active_adapters) & set(module.lora_A)
+            ):
+                raise Unfit("an adapter is not plain LoRA")
+        if type(base) is not Linear4bit or base.compute_dtype not in (None, self.dtype):
+            raise Unfit(f"{type(base).__name__} is not packed, or computes in another dtype")
+        bias = None if base.bias is None else base.bias.detach().to(self.dtype).contiguous()
+        return Linear(base.packed(), bias, adapter)
+
+
+def agreeing_stack(model: nn.Module, own: Tensor, ids: Tensor, known: Tensor, cache: Any) -> Stack | None:
+    """The stack of a model whose own code gave `own` for a token; None where there is none or it differs."""
+    try:
+        stack = Stack(model)
+    except (Unfit, ModelError, AttributeError):
+        return None
+    if len(ids) > stack.most_rows:
+        return None
+    return stack if stack.agrees(own, ids, known, cache) else None
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
