@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <sstream>
@@ -256,6 +257,53 @@ void rows() {
     });
 }
 
+void decode() {
+    const int dtype = static_cast<int>(below(3));
+    FbDecode d{};
+    d.dtype = dtype, d.rows = between(1, chance(6) ? 20 : 5), d.layers = between(1, 2);
+    d.hidden_size = between(1, 100), d.feed_forward = between(1, 100), d.kv_heads = between(1, 2);
+    d.heads = d.kv_heads * between(1, 3), d.width = 2 * between(1, 20), d.slots = between(1, 30);
+    d.room = d.slots + below(4), d.few_rows = 16, d.eps = 1e-5f, d.scale = 0.2f;
+    d.activation = static_cast<int>(below(2));
+    const int64_t size = block_size(), r = chance(2) ? 0 : between(1, 20), cache = d.rows * d.kv_heads * d.room * d.width;
+    std::vector<Buffer> held;
+    std::vector<Scales> scales;
+    held.reserve(200), scales.reserve(20);
+    const auto keep = [&](Buffer buffer) -> Buffer& { return held.emplace_back(buffer); };
+    const auto linear = [&](FbDecodeLinear& into, int64_t n, int64_t k) {
+        Scales& own = scales.emplace_back((n * k + size - 1) / size);
+        FbProduct& p = into.product;
+        p.in_features = k, p.out_features = n, p.codes = keep(Buffer((n * k + 1) / 2)).at<uint8_t>();
+        p.absmax = own.absmax.at(), p.nested_absmax = own.second(), p.offset = own.offset.at<float>();
+        p.map = own.map.at<float>(), p.block_size = size, p.codebook = keep(ascending(16)).at<float>();
+        p.bias = chance(2) ? keep(values(dtype, n)).at() : nullptr, p.rank = r, p.scaling = 1.5f;
+        p.a = keep(floats(r * k)).at<float>(), p.b = keep(floats(n * r)).at<float>();
+        into.up = keep(floats(r * n)).at<float>();
+    };
+    std::vector<FbDecodeLayer> layers(static_cast<size_t>(d.layers));
+    for (FbDecodeLayer& layer : layers) {
+        linear(layer.q, d.heads * d.width, d.hidden_size), linear(layer.o, d.hidden_size, d.heads * d.width);
+        linear(layer.k, d.kv_heads * d.width, d.hidden_size), linear(layer.v, d.kv_heads * d.width, d.hidden_size);
+        linear(layer.gate, d.feed_forward, d.hidden_size), linear(layer.up, d.feed_forward, d.hidden_size);
+        linear(layer.down, d.hidden_size, d.feed_forward);
+        layer.input_norm = keep(floats(d.hidden_size)).at<float>();
+        layer.output_norm = keep(floats(d.hidden_size)).at<float>();
+        layer.q_norm = chance(2) ? keep(floats(d.width)).at<float>() : nullptr;
+        layer.k_norm = layer.q_norm ? keep(floats(d.width)).at<float>() : nullptr;
+        layer.keys = keep(values(dtype, cache)).at(), layer.values = keep(values(dtype, cache)).at();
+        layer.window = chance(2) ? 0 : between(1, 10);
+    }
+    std::vector<int64_t> positions(static_cast<size_t>(d.rows * d.slots));
+    for (auto& position : positions) position = between(-1, 12);
+    d.layer = layers.data(), d.positions = positions.data();
+    d.cos = keep(floats(d.rows * d.width)).at<float>(), d.sin = keep(floats(d.rows * d.width)).at<float>();
+    everywhere("fb_decode", false, {values(dtype, d.rows * d.hidden_size)}, [&](auto& out) {
+        if (d.rows > d.few_rows && !fb_has_product(dtype)) return 0;
+        d.hidden = out[0].at();
+        return fb_decode(&d, threads());
+    });
+}
+
 void attention() {
     const int dtype = static_cast<int>(below(2));
     FbAttention problem{};
@@ -289,8 +337,9 @@ int main(int count, char** words) {
     source.seed(count > 2 ? static_cast<uint64_t>(std::atoll(words[2])) : 1);
     std::istringstream names(fb_isas());
     for (std::string name; names >> name;) isas.push_back(name);
-    void (*const problems[])() = {codec, codec, nested, linear, product, dropout, rows, attention};
-    for (int64_t i = 0; i < rounds; ++i) problems[i % 8]();
+    void (*const problems[])() = {codec,   codec,   nested, linear,    product,
+                                   dropout, rows,    decode, attention};
+    for (int64_t i = 0; i < rounds; ++i) problems[i % std::size(problems)]();
     std::printf("%lld problems with each of %s: clean\n", static_cast<long long>(rounds), fb_isas());
     return 0;
 }
