@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from limited import run_limited, say
 
 #: Paper's models: hidden size, feed-forward, layers, heads; all with 32,000 words.
 SHAPES = {
@@ -31,10 +32,6 @@ SHAPES = {
     "65b": (8192, 22016, 80, 64),
 }
 WORDS, TOKENS = 32_000, 256
-_GROUPS = (
-    Path("/sys/fs/cgroup/memory"),
-    Path("/sys/fs/cgroup"),
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,10 +55,6 @@ def main(argv: list[str] | None = None) -> int:
         result = train(folder, Path(temporary), arguments)
     print(json.dumps(result) if arguments.json else table(arguments.shape, result))
     return 0
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def write_checkpoint(folder: Path, hidden: int, inner: int, layers: int, heads: int) -> None:
@@ -191,35 +184,16 @@ def train(folder: Path, temporary: Path, arguments: argparse.Namespace) -> dict[
     }
     overrides = [f"--set={key}={value}" for key, value in settings.items()]
     overrides += [f"--set={override}" for override in arguments.overrides]
-    group = control_group(limit)
-    say(
-        f"control group {group}" if group else "no control group can be made here: nothing enforces the limit"
-    )
-
-    def enter() -> None:
-        if group is not None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-
-    command = [sys.executable, "-m", "fourbit", "train", "--model", str(folder), "--data", str(rows)]
     # What is left to the group is the system's: page tables and what it caches of files.
     memory = f"{limit * 95 // 100 // 10**6}MB"
-    try:
-        code = subprocess.run(
-            [*command, "--memory", memory, *overrides], preexec_fn=enter, check=False, stdout=sys.stderr
-        ).returncode
-        highest = group_peak(group)
-    finally:
-        if group is not None:
-            with suppress(OSError):
-                group.rmdir()
-    if code:
-        raise SystemExit(f"fourbit train ended with code {code}")
+    command = ["train", "--model", str(folder), "--data", str(rows), "--memory", memory, *overrides]
+    group = run_limited(limit, command)
     summary = json.loads((run / "summary.json").read_text())
     times = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
     return {
         "limit": limit,
-        "enforced": group is not None,
-        "group_peak": highest,
+        "enforced": group.enforced,
+        "group_peak": group.peak,
         "predicted": summary["predicted_peak_bytes"],
         "measured": summary["peak_bytes"],
         "choice": summary["plan"]["choice"],
@@ -228,29 +202,6 @@ def train(folder: Path, temporary: Path, arguments: argparse.Namespace) -> dict[
         "reading_seconds": summary.get("weights_reading_seconds", 0.0),
         "waiting_seconds": summary.get("weights_waiting_seconds", 0.0),
     }
-
-
-def control_group(limit: int) -> Path | None:
-    """A new control group with this limit, or None where none can be made."""
-    for root in _GROUPS:
-        group = root / f"fourbit-{os.getpid()}"
-        file = "memory.limit_in_bytes" if root.name == "memory" else "memory.max"
-        with suppress(OSError):
-            group.mkdir()
-            if (group / file).exists():
-                (group / file).write_text(str(limit))
-                with suppress(OSError):
-                    (group / "memory.swap.max").write_text("0")
-                return group
-            group.rmdir()
-    return None
-
-
-def group_peak(group: Path | None) -> int | None:
-    for name in ("memory.max_usage_in_bytes", "memory.peak"):
-        with suppress(OSError, AttributeError):
-            return int((group / name).read_text())  # type: ignore[operator]
-    return None
 
 
 def table(shape: str, result: dict[str, Any]) -> str:

@@ -248,7 +248,8 @@ class TrainSettings(_Settings):
     compact_heap: bool | None = Field(
         default=None,
         description="give freed memory back to the system at once: on a CPU less memory, and slower on small "
-        "models; null: on those of hidden size 2,048 or more, whose products outweigh it",
+        "models; null: on those of hidden size 2,048 or more, whose products outweigh it, and with "
+        "activation_tier disk",
     )
     group_by_length: bool = Field(default=True, description="batches of similar length, less padding (QLoRA)")
     eval_every: int = Field(

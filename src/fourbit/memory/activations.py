@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+from fourbit.kernels.pool import POOL
 from fourbit.memory.scratch import ScratchFile
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class ActivationFile:
         self._file.write(start, tensor.cpu().contiguous().view(-1).view(torch.uint8))
 
     def _read(self, kept: _Kept) -> Tensor:
-        found = torch.empty(kept.shape, dtype=kept.dtype)
+        found = POOL.empty(tuple(kept.shape), kept.dtype)
         self._file.read(kept.start, found.view(-1).view(torch.uint8))
         return found.to(kept.device)
 

@@ -38,7 +38,8 @@ def alternatives(
 
     heaps             whether the heap may, or must, be compacted
     tiers             where the packed weights may be; those on the disk need activation checkpointing
-    activation_tiers  where the inputs of layers may wait, with activation checkpointing
+    activation_tiers  where the inputs of layers may wait, with activation checkpointing; on the disk only
+                      with a compact heap, which keeps no hole for each
     """
     sizes = [1 << power for power in range(effective_batch.bit_length())]
     rows = sorted({*(size for size in sizes if size <= effective_batch), effective_batch})
@@ -52,7 +53,7 @@ def alternatives(
         for paged in dict.fromkeys((optimizer_memory, 0))
         for tier in tiers
         for waiting in (activation_tiers if recompute else ("device",))
-        if recompute or tier == "device"
+        if (recompute or tier == "device") and (compact or waiting != "disk")
     ]
 
     def cost(choice: Choice) -> float:

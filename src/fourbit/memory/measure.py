@@ -43,9 +43,12 @@ def peak_bytes(device: torch.device) -> int:
     return peak_resident_bytes()
 
 
-def wants_compact_heap(asked: bool | None, hidden_size: int, on_cpu: bool) -> bool:
-    """Whether a run compacts the heap: as asked, or where holes would take most and time least."""
-    return on_cpu and (hidden_size >= _WIDE if asked is None else asked)
+def wants_compact_heap(asked: bool | None, hidden_size: int, on_cpu: bool, moves: bool = False) -> bool:
+    """Whether a run compacts the heap: as asked, or where holes would take most and time least.
+
+    moves: the inputs of layers to the disk, which leaves a hole for each of them
+    """
+    return on_cpu and (hidden_size >= _WIDE or moves if asked is None else asked)
 
 
 def compact_heap() -> None:

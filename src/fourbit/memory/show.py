@@ -24,8 +24,9 @@ def print_plan(plan: Plan, out: Console) -> None:
     line(f"{plan.choice.text()}")
     line(f"rows of up to {plan.tokens:,} tokens, {plan.effective_batch} a step in {steps} micro-batches\n")
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
+    # The least widths keep names and sizes whole where a long detail would have their room.
+    table.add_column(no_wrap=True, min_width=20)
+    table.add_column(justify="right", no_wrap=True, min_width=8)
     table.add_column(style="dim", overflow="ellipsis", no_wrap=True)
     for part in plan.held:
         table.add_row(*_row(part))

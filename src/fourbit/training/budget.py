@@ -18,6 +18,8 @@ from fourbit.training.target import Rows, Target
 
 #: Rows that every run has at least: what does not fit with these cannot fit with any.
 _SHORTEST = Rows(longest=8)
+#: A control group's limit is what was asked for, down to whole pages.
+_ROUNDING = 1_000_000
 
 
 class Budget:
@@ -32,9 +34,10 @@ class Budget:
         self._planner = Planner(config, self._target, _SHORTEST)
         self._limit = _limit(self._target)
         if memory is not None and self._limit is not None and memory > self._limit[0]:
-            raise MemoryBudgetError(
-                f"memory {size_text(memory)}: {self._limit[1]} is {size_text(self._limit[0])}; ask for less"
-            )
+            if memory > self._limit[0] + _ROUNDING:
+                asked, there = size_text(memory), size_text(self._limit[0])
+                raise MemoryBudgetError(f"memory {asked}: {self._limit[1]} is {there}; ask for less")
+            self._memory = self._limit[0]
 
     def check_loading(self) -> None:
         """Raise MemoryBudgetError if even the shortest rows would not fit.

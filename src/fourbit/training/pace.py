@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -39,10 +38,12 @@ from fourbit.nn.loss import causal_lm_loss, split_model
 from fourbit.training.loop import steps_in_run, train_mode
 from fourbit.training.skeleton import run_skeleton
 
-#: Layers that are timed together, beside one alone; of slow ones fewer.
-_LAYERS, _SLOW_LAYERS = 4, 2
-#: A call is made once untimed, then at least so often, and for so many seconds; a slow one is made once.
-_TIMES, _SECONDS, _SLOW = 2, 0.4, 1.0
+#: Layers that are timed beside one alone: so many that they take about so many seconds, and at least two.
+_SECONDS = 0.6
+#: A call is made once untimed and then so often, the shortest counts; a slow one is made once.
+_TIMES, _SLOW = 3, 1.0
+#: Layers that a shape alone is given.
+_LAYERS = 8
 #: Optimizer steps from whose micro-batches two are taken.
 _STEPS = 8
 #: Forward passes that a token's gradient costs: forward, backward, and recomputing.
@@ -171,7 +172,7 @@ def _seconds(model: Any, depth: int, call: Callable[[], None]) -> float:
         one = _timed(call, device)
     if _depth(model) == 1:
         return depth * one
-    several = min(_depth(model), _LAYERS if one < _SLOW else _SLOW_LAYERS)
+    several = min(_depth(model), max(2, int(_SECONDS / max(one, 1e-6))))
     with _layers(model, several):
         each = (_timed(call, device) - one) / (several - 1)
     return one + (depth - 1) * max(0.0, each)
@@ -179,8 +180,7 @@ def _seconds(model: Any, depth: int, call: Callable[[], None]) -> float:
 
 def _timed(call: Callable[[], None], device: torch.device) -> float:
     taken: list[float] = []
-    began = time.monotonic()
-    while len(taken) <= _TIMES or time.monotonic() - began < _SECONDS:
+    while len(taken) <= _TIMES:
         start = time.monotonic()
         call()
         if device.type == "cuda":
@@ -188,7 +188,7 @@ def _timed(call: Callable[[], None], device: torch.device) -> float:
         taken.append(time.monotonic() - start)
         if taken[0] > _SLOW:
             return taken[0]
-    return median(taken[1:])
+    return min(taken[1:])
 
 
 def _depth(model: Any) -> int:

@@ -77,7 +77,8 @@ class Planner:
         )
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         hidden_size = int(base.config.get_text_config().hidden_size)
-        self._compacts = wants_compact_heap(config.train.compact_heap, hidden_size, target.on_cpu)
+        moves = config.train.activation_tier == "disk"
+        self._compacts = wants_compact_heap(config.train.compact_heap, hidden_size, target.on_cpu, moves)
         base_settings = config.model
         self._can_map = target.on_cpu and is_packed(
             base_settings.path, base_settings.revision, base_settings.trust_remote_code

@@ -220,8 +220,9 @@ def _fit_locked(
         highlight=False,
     )
     base = _use_kernels(model, config, console)
-    hidden_size = base.config.get_text_config().hidden_size
-    if wants_compact_heap(config.train.compact_heap, hidden_size, work.device.type == "cpu"):
+    hidden_size, settings = base.config.get_text_config().hidden_size, config.train
+    moves = settings.activation_tier == "disk"
+    if wants_compact_heap(settings.compact_heap, hidden_size, work.device.type == "cpu", moves):
         compact_heap()
     release_free_memory()
     done = 0 if resume_from is None else resume_from.state.progress.step
