@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import fourbit
-from fourbit.evaluate import context
+from fourbit.evaluate import stack as decoding
 from fourbit.evaluate.context import inference, prefill
 from fourbit.evaluate.generate import generate
 from fourbit.evaluate.stack import Stack, Unfit
@@ -85,7 +85,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def computed(call: Any, *args: Any, **kwargs: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(context, "agreeing_stack", lambda *_: None)
+            patch.setattr(decoding, "agreeing_stack", lambda *_: None)
             return call(*args, **kwargs)
 
     return computed
@@ -99,7 +99,7 @@ def decoded(made: Any, rows: int, steps: int = 9) -> tuple[torch.Tensor, Stack |
             for step in range(steps):
                 ids = (torch.arange(rows)[:, None] * 7 + step) % 90 + 3
                 found.append(batch.extend(ids, batch.lengths[:, None], last=1)[:, -1])
-            return torch.stack(found), batch._stack
+            return torch.stack(found), batch._decoding._stack
     raise AssertionError
 
 
@@ -190,6 +190,17 @@ def dora(base: Any) -> Any:
         if ".lora_B.dora" in name:
             nn.init.normal_(parameter, 0.0, 2.0)
     return made
+
+
+def test_a_layer_that_is_watched_runs_its_own_code() -> None:
+    made, calls = model("llama"), []
+    hook = made.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda *args: calls.append(args))
+    with pytest.raises(Unfit, match="hooks watch its layers"):
+        Stack(made)
+    generate(made, prompts(1), [], 5)
+    assert len(calls) >= 5
+    hook.remove()
+    Stack(made)
 
 
 def test_what_is_not_packed_is_unfit() -> None:

@@ -26,7 +26,7 @@ from fourbit.errors import DataError, ModelError
 from fourbit.evaluate.attention import evaluation_attention
 from fourbit.evaluate.batching import length_batches
 from fourbit.evaluate.cache import changed_cache, empty_cache
-from fourbit.evaluate.stack import Stack, agreeing_stack
+from fourbit.evaluate.stack import Decoding
 from fourbit.nn.loss import split_model
 
 Progress = Callable[[int, int], None]
@@ -69,12 +69,19 @@ class Context:
     cache      S slots of keys and values per layer, [B, heads, S, head_dim]
     positions  int64 [B, S]  the position in its sequence of what each slot holds, or PADDING
     logits     [B, V]        of the last token of each prompt
+    decoding   what contexts of the same model and adapter share
     """
 
-    def __init__(self, model: nn.Module, cache: DynamicCache, positions: Tensor, logits: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: DynamicCache,
+        positions: Tensor,
+        logits: Tensor,
+        decoding: Decoding | None = None,
+    ) -> None:
         self.model, self.cache, self.positions, self.logits = model, cache, positions, logits
-        self._stack: Stack | None = None
-        self._tried = False  # whether the model's structure is one that `Stack` decodes
+        self._decoding = Decoding() if decoding is None else decoding
 
     @property
     def lengths(self) -> Tensor:
@@ -91,9 +98,9 @@ class Context:
         """
         known = torch.cat([self.positions, positions], dim=1)
         single = visible is None and ids.shape[1] == 1 and self.positions.shape[1] > 0
-        if single and self._stack is not None and len(ids) <= self._stack.most_rows:
+        if single and (hidden := self._decoding.step(ids, known, self.cache)) is not None:
             self.positions = known
-            return self._logits(self._stack.step(ids, known, self.cache))
+            return self._logits(hidden)
         if visible is None:
             visible = (known[:, None] >= 0) & (known[:, None] <= positions[:, :, None])
         # Attention over nothing is NaN, so padding sees its own slot.
@@ -108,9 +115,8 @@ class Context:
             use_cache=True,
         ).last_hidden_state
         self.positions = known
-        if single and not self._tried:
-            self._tried = True
-            self._stack = agreeing_stack(self.model, hidden, ids, known, self.cache)
+        if single:
+            self._decoding.learn(self.model, hidden, ids, known, self.cache)
         return self._logits(hidden[:, -last:] if last else hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -123,9 +129,7 @@ class Context:
         The prompts' keys and values are copied when the second is first extended.
         """
         copy = changed_cache(self.cache, lambda tensor: tensor)
-        forked = Context(self.model, copy, self.positions, self.logits)
-        forked._stack, forked._tried = self._stack, self._tried
-        return forked
+        return Context(self.model, copy, self.positions, self.logits, self._decoding)
 
     def crop(self, length: int) -> None:
         """Keep the first `length` slots of every row."""
@@ -160,11 +164,11 @@ def prefill(
     if not prompts:
         return
     device = next(model.parameters()).device
-    prefix = _prefix(model, prompts, device)
+    prefix, decoding = _prefix(model, prompts, device), Decoding()
     lengths = [len(prompt) - prefix.tokens for prompt in prompts]
     for indices in length_batches(lengths, _PREFILL_TOKENS, batch_size):
         rows = [prompts[index][prefix.tokens :] for index in indices]
-        yield indices, _prefill(model, prefix, rows, device)
+        yield indices, _prefill(model, prefix, rows, device, decoding)
 
 
 def _prefix(model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device) -> Prefix:
@@ -182,7 +186,9 @@ def _prefix(model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.de
     return Prefix(shared, context.cache)
 
 
-def _prefill(model: nn.Module, prefix: Prefix, rows: list[Sequence[int]], device: torch.device) -> Context:
+def _prefill(
+    model: nn.Module, prefix: Prefix, rows: list[Sequence[int]], device: torch.device, decoding: Decoding
+) -> Context:
     """Rows aligned at their ends, so that the last slot holds the last token of each."""
     batch, longest = len(rows), max(len(row) for row in rows)
     ids = torch.zeros(batch, longest, dtype=torch.int64)
@@ -192,7 +198,7 @@ def _prefill(model: nn.Module, prefix: Prefix, rows: list[Sequence[int]], device
         positions[index, longest - len(row) :] = torch.arange(prefix.tokens, prefix.tokens + len(row))
     shared = torch.arange(prefix.tokens, device=device).expand(batch, -1)
     cache = changed_cache(prefix.cache, lambda tensor: tensor.expand(batch, -1, -1, -1))
-    context = Context(model, cache, shared, torch.empty(0))
+    context = Context(model, cache, shared, torch.empty(0), decoding)
     context.logits = context.extend(ids.to(device), positions.to(device), last=1)[:, -1]
     return context
 

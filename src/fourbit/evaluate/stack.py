@@ -8,6 +8,7 @@ ways, and a model for which they differ keeps its own code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fourbit.evaluate.cache import RoomyLayer
 from fourbit.kernels.decode import Decoder, Layer, Linear, Shape
 from fourbit.kernels.product import Adapter
 from fourbit.nn.decoder import layer_list
-from fourbit.nn.fused import gated_kind, norm_parts
+from fourbit.nn.fused import gated_kind, norm_added, norm_eps, runs_own_code
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import split_model
@@ -53,13 +54,16 @@ class Stack:
             or getattr(config, "attn_logit_softcapping", None)
         ):
             raise Unfit("its decoder is more than embeddings, layers and a norm")
+        if not all(runs_own_code(part) for layer in modules for part in layer.modules()):
+            raise Unfit("hooks watch its layers, or their code was replaced")  # such as weights on the disk
         weight: Tensor = self._decoder.norm.weight
         self.dtype = weight.dtype
         if not runs_native(weight):
             raise Unfit("native code does not run here")
         attention = modules[0].self_attn
         width = int(attention.head_dim)
-        self._eps: set[float] = set()
+        self._eps: set[float | None] = set()
+        self._seen: dict[tuple[Callable[..., Any], type], Any] = {}
         layers = [self._layer(module, config, number) for number, module in enumerate(modules)]
         if len(self._eps) > 1:
             raise Unfit("its norms have several eps")
@@ -69,8 +73,8 @@ class Stack:
         self.most_rows = (
             1 << 30 if multiplies_panels(torch.empty(1, 1, dtype=self.dtype), weights) else FEW_ROWS
         )
-        kind = gated_kind(modules[0].mlp)
-        assert kind is not None
+        eps = self._eps.pop()
+        assert eps is not None
         self._native = Decoder(
             Shape(
                 hidden_size=layers[0].q.weight.in_features,
@@ -78,9 +82,9 @@ class Stack:
                 heads=layers[0].q.weight.out_features // width,
                 kv_heads=layers[0].k.weight.out_features // width,
                 width=width,
-                eps=self._eps.pop(),
+                eps=eps,
                 scale=float(attention.scaling),
-                activation=kind,
+                activation=self._once(gated_kind, modules[0].mlp),
                 few_rows=FEW_ROWS,
                 dtype=self.dtype,
             ),
@@ -127,7 +131,7 @@ class Stack:
             and parts - _HEAD_NORMS == _ATTENTION
             and parts & _HEAD_NORMS in (set(), _HEAD_NORMS)
             and not list(attention.parameters(recurse=False))
-            and gated_kind(mlp) is not None
+            and self._once(gated_kind, mlp) is not None
         )
         if not fits:
             raise Unfit(f"{type(module).__name__} is not two norms, attention and a gated MLP")
@@ -149,11 +153,19 @@ class Stack:
         )
 
     def _norm(self, module: nn.Module) -> Tensor:
-        found = norm_parts(module)
-        if found is None:
+        added = self._once(norm_added, module)
+        if added is None:
             raise Unfit(f"{type(module).__name__} is not an RMS norm")
-        self._eps.add(found[1])
-        return found[0]
+        self._eps.add(norm_eps(module))
+        weight: Any = module.weight
+        return (weight.detach().float() + added).contiguous()
+
+    def _once(self, ask: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+        """What a question says of a module, asked once for each class."""
+        key = (ask, type(module))
+        if key not in self._seen:
+            self._seen[key] = ask(module)
+        return self._seen[key]
 
     def _linear(self, module: nn.Module) -> Linear:
         adapter: Adapter | None = None
@@ -171,6 +183,26 @@ class Stack:
             raise Unfit(f"{type(base).__name__} is not packed, or computes in another dtype")
         bias = None if base.bias is None else base.bias.detach().to(self.dtype).contiguous()
         return Linear(base.packed(), bias, adapter)
+
+
+class Decoding:
+    """The stack of a model, found with the first token; for as long as neither it nor its adapter changes."""
+
+    def __init__(self) -> None:
+        self._stack: Stack | None = None
+        self._tried = False
+
+    def step(self, ids: Tensor, known: Tensor, cache: Any) -> Tensor | None:
+        """As `Stack.step`, or None where the model must run its own code."""
+        if self._stack is None or len(ids) > self._stack.most_rows:
+            return None
+        return self._stack.step(ids, known, cache)
+
+    def learn(self, model: nn.Module, own: Tensor, ids: Tensor, known: Tensor, cache: Any) -> None:
+        """Whether the model, whose own code has just given `own`, can do without it from now on."""
+        if not self._tried:
+            self._tried = True
+            self._stack = agreeing_stack(model, own, ids, known, cache)
 
 
 def agreeing_stack(model: nn.Module, own: Tensor, ids: Tensor, known: Tensor, cache: Any) -> Stack | None:

@@ -79,11 +79,12 @@ def _is_norm(module: nn.Module) -> bool:
         type(module).__name__.endswith("RMSNorm")
         and [name for name, _ in parameters] == ["weight"]
         and parameters[0][1].ndim == 1
-        and _eps(module) is not None
+        and norm_eps(module) is not None
     )
 
 
-def _eps(module: nn.Module) -> float | None:
+def norm_eps(module: nn.Module) -> float | None:
+    """The eps of a norm; None where it has none under a name that is known."""
     found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return found if isinstance(found, float) else None
 
@@ -95,22 +96,23 @@ def _is_gated(module: nn.Module) -> bool:
     ) == len(names)
 
 
-def norm_parts(module: nn.Module) -> tuple[Tensor, float] | None:
-    """The weight fp32 [K] that an RMS norm multiplies by, and its eps; None for a module that is none."""
-    if not _is_norm(module):
-        return None
-    forward = _norm_forward(module)
-    if isinstance(forward, str):
-        return None
-    weight: Any = module.weight
-    added = (forward.__kwdefaults__ or {})["added"]
-    return (weight.detach().float() + added).contiguous(), _eps(module) or 0.0
+def norm_added(module: nn.Module) -> float | None:
+    """What an RMS norm adds to its weight, 0 or 1; None for a module that is none."""
+    forward = _norm_forward(module) if _is_norm(module) else ""
+    return None if isinstance(forward, str) else float((forward.__kwdefaults__ or {})["added"])
 
 
 def gated_kind(module: nn.Module) -> int | None:
     """The number in `ACTIVATIONS` of a gated MLP's activation; None for a module that is none."""
     forward = _gated_forward(module) if _is_gated(module) else ""
     return None if isinstance(forward, str) else int((forward.__kwdefaults__ or {})["number"])
+
+
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward, or ours in its place, and nothing else."""
+    forward = module.__dict__.get("forward")
+    ours = forward is None or (isinstance(forward, MethodType) and forward.__func__.__module__ == __name__)
+    return ours and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _norm_forward(module: Any) -> Callable[[nn.Module, Tensor], Tensor] | str:
@@ -121,7 +123,7 @@ def _norm_forward(module: Any) -> Callable[[nn.Module, Tensor], Tensor] | str:
                 own: Tensor = type(self).forward(self, hidden_states)
                 return own
             weight = self.weight.float() + added if added else self.weight.float()
-            return rms_norm(hidden_states, weight, _eps(self) or 0.0)
+            return rms_norm(hidden_states, weight, norm_eps(self) or 0.0)
 
         weight = nn.Parameter(_random(_WIDTH), requires_grad=False)
         if _agrees(module, forward, {"weight": weight}):
