@@ -114,7 +114,7 @@ format: $(VENV)/.lock-dev
 
 bench: setup $(VENV)/.lock-dev
 	$(SAY) 'benchmarks'
-	@for file in benchmarks/codec.py benchmarks/product.py benchmarks/train_step.py benchmarks/memory.py; do printf '\n-- %s\n' $$file; $(PY) $$file || exit 1; done
+	@for file in benchmarks/codec.py benchmarks/product.py benchmarks/train_step.py benchmarks/decode.py benchmarks/memory.py; do printf '\n-- %s\n' $$file; $(PY) $$file || exit 1; done
 
 # --- upkeep -------------------------------------------------------------------------------
 

@@ -178,23 +178,22 @@ void restore(const uint8_t* codes8, int64_t count, const float* map, float scale
                                        _mm512_mask_blend_epi16(bit6, found[2], found[3]));
     };
     const __m512 wide_scale = _mm512_set1_ps(scale), wide_offset = _mm512_set1_ps(offset);
-    const auto store = [&](__m512i value, float* to) {
+    const auto store = [&](__m512i value, float* to, uint32_t lanes) {
         const __m512 scaled = _mm512_mul_ps(_mm512_castsi512_ps(value), wide_scale);
-        _mm512_storeu_ps(to, _mm512_add_ps(scaled, wide_offset));
+        _mm512_mask_storeu_ps(to, __mmask16(lanes), _mm512_add_ps(scaled, wide_offset));
     };
     // In every lane of 128 bits four of the first 16 codes and four of the last, as unpacking takes them.
     const __m256i spread = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes8 + i));
+    for (int64_t i = 0; i < count; i += 32) {
+        const uint32_t lanes = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
+        const __m256i bytes = _mm256_maskz_loadu_epi8(lanes, codes8 + i);
         const __m512i index = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, spread));
         const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x40));
         const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x80));
         const __m512i low = look_up(lower, index, bit6, bit7), high = look_up(upper, index, bit6, bit7);
-        store(_mm512_unpacklo_epi16(low, high), absmax + i);
-        store(_mm512_unpackhi_epi16(low, high), absmax + i + 16);
+        store(_mm512_unpacklo_epi16(low, high), absmax + i, lanes);
+        store(_mm512_unpackhi_epi16(low, high), absmax + i + 16, lanes >> 16);
     }
-    scalar::restore(codes8 + i, count - i, map, scale, offset, absmax + i);
 }
 
 }  // namespace avx512

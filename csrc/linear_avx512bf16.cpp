@@ -108,7 +108,8 @@ void stripe(const LinearRows& rows, int64_t m) {
 template <int BLOCKS>
 void all_rows(const LinearRows& rows) {
     int64_t m = 0;
-    for (; m + 4 <= rows.M; m += 4) stripe<BLOCKS, 4, 4>(rows, m);
+    for (; m + 8 <= rows.M; m += 8) stripe<BLOCKS, 2, 8>(rows, m);
+    if (rows.M - m >= 4) stripe<BLOCKS, 4, 4>(rows, m), m += 4;
     if (rows.M - m == 3) stripe<BLOCKS, 4, 3>(rows, m);
     if (rows.M - m == 2) stripe<BLOCKS, 4, 2>(rows, m);
     if (rows.M - m == 1) stripe<BLOCKS, 8, 1>(rows, m);
