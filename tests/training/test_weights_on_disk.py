@@ -103,7 +103,7 @@ def test_a_budget_puts_them_there(packed: Path, tmp_path: Path) -> None:
     whole = planner.weights.codes + planner.weights.scales
     assert (part.tier, part.size) == ("disk", -(-whole // 6))
     assert held.peak - on_disk.peak == whole - part.size
-    least = planner.plan(Choice(1, True, 6, True, 0, "disk")).peak
+    least = planner.plan(Choice(1, True, 6, True, 0, "disk")).most
     chosen = planner.choose(least).choice
     assert chosen.weight_tier == "disk"
     assert "weights on disk" in chosen.text()
@@ -122,7 +122,7 @@ def test_a_plan_counts_inputs_of_layers_on_the_disk(packed: Path, tmp_path: Path
     assert host.peak == held.peak  # a CPU's memory is the host's
     assert held.peak - disk.peak == (6 - activations.IN_MEMORY) * 512 * 256 * 4
     assert "MB more on disk" in disk.phases[1].parts[0].detail
-    chosen = planner.choose(planner.plan(Choice(1, True, 6, True, 0, "disk", "disk")).peak).choice
+    chosen = planner.choose(planner.plan(Choice(1, True, 6, True, 0, "disk", "disk")).most).choice
     assert chosen.activation_tier == "disk"
     assert "activations on disk" in chosen.text()
     assert planner.choose(10**9).choice.activation_tier == "device"

@@ -79,8 +79,8 @@ def choose(plan_for: Callable[[Choice], Plan], choices: list[Choice], budget: in
         plan = replace(plan_for(choice), budget=budget)
         if plan.fits:
             return replace(plan, refused=tuple(refused))
-        refused.append(Refused(choice, plan.peak, f"{size_text(plan.peak - budget)} too much"))
-        if least is None or plan.peak < least.peak:
+        refused.append(Refused(choice, plan.peak, f"{size_text(plan.most - budget)} too much"))
+        if least is None or plan.most < least.most:
             least = plan
     assert least is not None
     raise MemoryBudgetError(does_not_fit(least))
@@ -92,6 +92,6 @@ def does_not_fit(plan: Plan) -> str:
     most = ", ".join(f"{part.name} {size_text(part.size)}" for part in held)
     return (
         f"{size_text(plan.budget or 0)} of memory do not suffice: the least that works here is "
-        f"{size_text(plan.peak)} ({plan.choice.text()}; {most}); give that much, shorten data.max_length, "
+        f"{size_text(plan.most)} ({plan.choice.text()}; {most}); give that much, shorten data.max_length, "
         "or lower lora.r"
     )

@@ -42,6 +42,10 @@ def print_plan(plan: Plan, out: Console) -> None:
     if plan.step_seconds is not None:
         minutes = 1000 / 60 * plan.step_seconds / plan.effective_batch
         line(f"a step takes about {plan.step_seconds:.3g} s here, 1,000 such rows {minutes:,.1f} minutes")
+    if plan.uncertain:
+        line(
+            f"runs have taken up to {size_text(plan.uncertain)} more than so predicted; budgets must hold it"
+        )
     if plan.budget is not None:
         verdict = "fits" if plan.fits else "does not fit"
         line(f"{verdict} in {size_text(plan.budget)}")

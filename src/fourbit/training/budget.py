@@ -69,7 +69,7 @@ class Budget:
             raise MemoryBudgetError(
                 f"this run would take {size_text(plan.peak)}, and {self._limit[1]} is "
                 f"{size_text(self._limit[0])}; with {fitting.choice.text()} it takes "
-                f"{size_text(fitting.peak)}: --memory {self._limit[0] // 10**6}MB chooses that"
+                f"{size_text(fitting.most)} at most: --memory {self._limit[0] // 10**6}MB chooses that"
             )
         return plan
 

@@ -7,6 +7,7 @@ Weights are counted on the model's skeleton, a step's memory is rehearsed on ten
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,13 @@ _PRODUCTS_PER_LINEAR = 4
 _TILES = 4 << 20
 #: What a tokenizer takes for each word.
 _BYTES_PER_WORD = 400
-#: Holes in the C library's heap at the peak of a step; a compact heap has none. Fitted to runs under glibc
-#: 2.36 (docs/log.md). Recomputing layers: so many times what they keep and what one needs. Else: as much as
-#: they keep up to some size, and a share of all they keep.
-_HOLES_RECOMPUTING, _HOLES_KEEPING, _HOLES_SHARE = 2.7, 180_000_000, 0.22
+#: Holes in the C library's heap at the peak of a step, under glibc 2.36 and with the kernels' pool
+#: (docs/log.md): so many times what layers keep and one needs where they are recomputed, else what they keep;
+#: and how many times that runs have been seen to take. A compact heap has none.
+_HOLES_RECOMPUTING, _MOST_RECOMPUTING = 3.0, 4.6
+_HOLES_KEEPING, _MOST_KEEPING = 0.9, 1.1
+#: How much more runs have taken beside holes, as a share of the peak.
+_MORE = 0.03
 #: What an encoded row takes, wherever its tokens are: its place among them, and numbers that order rows.
 _BYTES_PER_ROW = 200
 #: What cuBLAS keeps on a card (CUBLAS_WORKSPACE_CONFIG :4096:8, set for repeatable runs).
@@ -140,7 +144,7 @@ class Planner:
     def plan(self, choice: Choice) -> Plan:
         """What the run takes under a choice."""
         weights = self.weights
-        return Plan(
+        plan = Plan(
             model=self._config.model.path,
             device=self._target.name,
             parameters=weights.parameters,
@@ -152,6 +156,15 @@ class Planner:
             phases=(self._loading(choice), self._step(choice), self._evaluation(choice)),
             budget=self._target.memory,
         )
+        return replace(plan, uncertain=self._uncertain(plan))
+
+    def _uncertain(self, plan: Plan) -> int:
+        if not self._target.on_cpu:
+            return 0
+        holes = sum(part.size for part in plan.highest.parts if part.name == _HOLES)
+        recomputing = plan.choice.activation_checkpointing
+        most = _MOST_RECOMPUTING / _HOLES_RECOMPUTING if recomputing else _MOST_KEEPING / _HOLES_KEEPING
+        return round((most - 1) * holes + _MORE * plan.peak)
 
     @property
     def loaded_bytes(self) -> int:
@@ -253,9 +266,9 @@ class Planner:
             top = Part("one layer", layer, "forward and backward, attention")
         holes = 0.0
         if self._target.on_cpu and not choice.compact_heap:
-            keeping = min(needs.kept, _HOLES_KEEPING) + _HOLES_SHARE * needs.kept
-            holes = _HOLES_RECOMPUTING * (needs.highest - elsewhere) if recompute else keeping
-        return Phase("a training step", (kept, top, Part("holes in the heap", round(holes), "estimated")))
+            recomputing = _HOLES_RECOMPUTING * (needs.highest - elsewhere)
+            holes = recomputing if recompute else _HOLES_KEEPING * needs.kept
+        return Phase("a training step", (kept, top, Part(_HOLES, round(holes), "estimated")))
 
     def _loss(self, rows: int, tokens: int, trained: int, chunk: int, gradient: bool = True) -> int:
         seen = self._rehearsal.loss(rows, tokens, trained, chunk, gradient)
@@ -279,6 +292,7 @@ class Planner:
         return Phase("loading", (Part("largest weight", copies, "as it is read"),), absent=later)
 
 
+_HOLES = "holes in the heap"
 _AFTER_LOADING = (
     "adapters",
     "gradients",
