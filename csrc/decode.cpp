@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "convert.h"
 #include "fourbit.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -127,6 +128,25 @@ class Step {
 };
 
 }  // namespace
+
+int fb_dense(const void* x, const void* weight, int dtype, int64_t M, int64_t K, int64_t N, void* y, int threads) {
+    if (!known_dtype(dtype) || M <= 0 || K <= 0 || N < 0) return 1;
+    constexpr int64_t TASK_ROWS = 32, MOST = 4;
+    if (M > MOST) return 1;
+    thread_local Room wide;
+    float* prepared = wide.at_least<float>(M * K);
+    if (!prepared) return 2;
+    kernels().widen(x, dtype, M * K, prepared);
+    parallel_for(ceil_div(N, TASK_ROWS), with_work(M * K * N, threads), [&](int64_t task) {
+        const int64_t first = task * TASK_ROWS, count = std::min(TASK_ROWS, N - first);
+        float sums[MOST * TASK_ROWS];
+        const char* rows = static_cast<const char*>(weight) + first * K * dtype_bytes(dtype);
+        kernels().dense({prepared, M, K, rows, count, dtype, sums});
+        for (int64_t m = 0; m < M; ++m)
+            for (int64_t n = 0; n < count; ++n) store_value(y, dtype, m * N + first + n, sums[m * count + n]);
+    });
+    return 0;
+}
 
 int fb_decode(const FbDecode* problem, int threads) {
     const FbDecode& d = *problem;

@@ -1,5 +1,5 @@
-// What stands between the products of one decoded token: rotary embedding, attention over a KV cache, an adapter's
-// second product. Loops over 16 lanes, as in elementwise.h; compiled for each instruction set.
+// What stands beside the packed products of one decoded token: rotary embedding, attention over a KV cache, an
+// adapter's second product, the head. Loops over 16 lanes, as in elementwise.h; compiled for each instruction set.
 #pragma once
 
 #include "elementwise.h"
@@ -75,6 +75,37 @@ void attend_head(const CachedHead& head) {
     }
 }
 
+// M rows of x with every row of the weight, 16 running sums for each.
+template <int DTYPE, int M>
+void dense_tile(const DenseRows& rows) {
+    for (int64_t n = 0; n < rows.n; ++n) {
+        const int64_t first = n * rows.K;
+        float sums[M][LANES] = {};
+        int64_t k = 0;
+        for (; k + LANES <= rows.K; k += LANES) {
+            float weight[LANES];
+            for (int lane = 0; lane < LANES; ++lane) weight[lane] = load_as<DTYPE>(rows.weight, first + k + lane);
+            for (int i = 0; i < M; ++i)
+                for (int lane = 0; lane < LANES; ++lane) sums[i][lane] += weight[lane] * rows.x[i * rows.K + k + lane];
+        }
+        for (int lane = 0; k < rows.K; ++k, ++lane)
+            for (int i = 0; i < M; ++i) sums[i][lane] += load_as<DTYPE>(rows.weight, first + k) * rows.x[i * rows.K + k];
+        for (int i = 0; i < M; ++i) {
+            for (int half = LANES / 2; half > 0; half /= 2)
+                for (int lane = 0; lane < half; ++lane) sums[i][lane] += sums[i][lane + half];
+            rows.y[i * rows.n + n] = sums[i][0];
+        }
+    }
+}
+
+template <int DTYPE>
+void dense_rows(const DenseRows& rows) {
+    if (rows.M == 4) dense_tile<DTYPE, 4>(rows);
+    if (rows.M == 3) dense_tile<DTYPE, 3>(rows);
+    if (rows.M == 2) dense_tile<DTYPE, 2>(rows);
+    if (rows.M == 1) dense_tile<DTYPE, 1>(rows);
+}
+
 }  // namespace
 
 // Calls function<dtype>(..) for the dtype at run time.
@@ -92,4 +123,5 @@ void attend_head(const CachedHead& head) {
     void add_low(const LowRow& row) { FB_BY_DTYPE(row.dtype, add_low_row, row) }            \
     void rotate(const RotaryRow& row) { FB_BY_DTYPE(row.dtype, rotate_heads, row) }         \
     void attend(const CachedHead& head) { FB_BY_DTYPE(head.dtype, attend_head, head) }      \
+    void dense(const DenseRows& rows) { FB_BY_DTYPE(rows.dtype, dense_rows, rows) }         \
     }

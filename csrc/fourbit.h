@@ -179,3 +179,8 @@ typedef struct {
 } FbDecode;
 
 FB_API int fb_decode(const FbDecode* problem, int threads);
+
+// y[M,N] = x[M,K] times weight[N,K]^T, all of one dtype, accumulated in fp32; M from 1 to 4: more rows are
+// better multiplied in tiles. A row of y does not depend on M.
+FB_API int fb_dense(const void* x, const void* weight, int dtype, int64_t M, int64_t K, int64_t N, void* y,
+                    int threads);

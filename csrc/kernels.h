@@ -94,6 +94,16 @@ struct CachedHead {
     void* out;    // [group, width]
 };
 
+// y [M, n] = x [M, K] times rows of a weight [n, K] of the dtype.
+struct DenseRows {
+    const float* x;
+    int64_t M, K;
+    const void* weight;
+    int64_t n;
+    int dtype;
+    float* y;
+};
+
 // Attention, see attention.h. Tiles of queries and of keys, and the widest head.
 constexpr int64_t ATTENTION_TILE = 64, ATTENTION_MAX_WIDTH = 256;
 
@@ -175,6 +185,7 @@ struct ProductKernels {
     void add_low(const LowRow& row);                                                                  \
     void rotate(const RotaryRow& row);                                                                \
     void attend(const CachedHead& head);                                                              \
+    void dense(const DenseRows& rows);                                                                \
     extern const AttentionKernels attention;                                                          \
     extern const ProductKernels product;                                                              \
     }
@@ -204,6 +215,7 @@ struct Kernels {
     decltype(scalar::add_low)* add_low;
     decltype(scalar::rotate)* rotate;
     decltype(scalar::attend)* attend;
+    decltype(scalar::dense)* dense;  // the head's product, which is not packed
     const AttentionKernels* attention;       // of bf16
     const AttentionKernels* attention_wide;  // of the others
     const ProductKernels* product;           // of bf16, and of fp32; null where there is none

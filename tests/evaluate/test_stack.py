@@ -16,6 +16,7 @@ from fourbit.evaluate.context import inference, prefill
 from fourbit.evaluate.generate import generate
 from fourbit.evaluate.stack import Stack, Unfit
 from fourbit.kernels import native
+from fourbit.kernels.decode import dense
 from fourbit.nn.linear import Linear4bit
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native library: {native.load_error()}")
@@ -201,6 +202,18 @@ def test_a_layer_that_is_watched_runs_its_own_code() -> None:
     assert len(calls) >= 5
     hook.remove()
     Stack(made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(1, 576, 1000), (2, 100, 70), (3, 17, 33), (4, 40, 1)])
+def test_the_head_of_few_rows(size: tuple[int, int, int], dtype: torch.dtype, isa: str) -> None:
+    rows, width, words = size
+    x, weight = torch.randn(rows, width).to(dtype), torch.randn(words, width).to(dtype)
+    found = dense(x, weight)
+    truth = x.double() @ weight.double().T
+    plain = (x.float() @ weight.float().T).to(dtype)
+    assert (found.double() - truth).norm() <= 1.1 * (plain.double() - truth).norm() + 1e-6 * truth.norm()
+    assert torch.equal(found[:1], dense(x[:1], weight))
 
 
 def test_what_is_not_packed_is_unfit() -> None:

@@ -14,7 +14,7 @@ Chat templates begin every prompt alike: of 43 tokens of a short request to Smol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +107,15 @@ class Context:
         own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
         visible[:, :, -ids.shape[1] :] |= own & (positions == PADDING)[:, :, None]
         decoder, _ = split_model(self.model)
-        hidden = decoder(
-            input_ids=ids,
-            attention_mask=_layer_masks(_config(self.model), visible, positions, known),
-            position_ids=positions.clamp(min=0),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self._decoding.learning(self.model, known, self.cache) if single else nullcontext():
+            hidden = decoder(
+                input_ids=ids,
+                attention_mask=_layer_masks(_config(self.model), visible, positions, known),
+                position_ids=positions.clamp(min=0),
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
         self.positions = known
-        if single:
-            self._decoding.learn(self.model, hidden, ids, known, self.cache)
         return self._logits(hidden[:, -last:] if last else hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from torch import Tensor
 from fourbit.kernels import native
 from fourbit.kernels.product import Adapter, Packed, Product, problem_of
 
+#: Rows of `dense`, at most: more are faster in torch's tiles.
+MOST_DENSE = 4
+
 
 class _Linear(ctypes.Structure):
     """FbDecodeLinear of csrc/fourbit.h."""
@@ -151,9 +154,11 @@ class Decoder:
         cos: Tensor,
         sin: Tensor,
         caches: Sequence[tuple[Tensor, Tensor]],
+        only: int | None = None,
     ) -> None:
         """Take hidden [B, H] through all layers in place; keys and values go into the cache's last used slot.
 
+        only       the number of one layer to take instead
         positions  int64 [B, S]  of what the slots hold, the new token's the last; negative: nothing
         cos, sin   fp32 [B, width]
         caches     of each layer keys and values [B, kv_heads, room, width], room at least S
@@ -161,9 +166,27 @@ class Decoder:
         problem = self._problem
         for layer, (keys, values) in zip(self._layers, caches, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        first, problem.layers = (0, len(self._layers)) if only is None else (only, 1)
+        problem.layer = ctypes.pointer(self._layers[first])
         problem.rows, problem.slots = positions.shape
         problem.room = caches[0][0].shape[2]
         problem.hidden, problem.positions = hidden.data_ptr(), positions.data_ptr()
         problem.cos, problem.sin = cos.data_ptr(), sin.data_ptr()
         status = native.library().fb_decode(ctypes.addressof(problem), torch.get_num_threads())
         native.check(status, "decoding")
+
+
+def dense(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] times weight [N, K] transposed, M from 1 to `MOST_DENSE`; contiguous, all of one dtype."""
+    y = torch.empty(len(x), len(weight), dtype=x.dtype, device="cpu")
+    status = native.library().fb_dense(
+        x.data_ptr(),
+        weight.data_ptr(),
+        native.DTYPES[x.dtype],
+        *x.shape,
+        len(weight),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    native.check(status, "a product of few rows")
+    return y

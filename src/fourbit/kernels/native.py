@@ -67,6 +67,7 @@ _SIGNATURES = {
     "fb_product": (_I, [_P, _I]),
     "fb_product_grad": (_I, [_P, _I]),
     "fb_decode": (_I, [_P, _I]),
+    "fb_dense": (_I, [_P, _P, _I, _N, _N, _N, _P, _I]),
     "fb_dropout": (_I, [_P, _I, _N, _N, _P, _P, _N, _N, _N, c_double, _P, _I]),
     "fb_rms_norm": (_I, [_P, _I, _N, _N, _P, c_float, _P, _P, _I]),
     "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),

@@ -19,6 +19,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fourbit.config import TrainSettings
+from fourbit.kernels.decode import MOST_DENSE, dense
+from fourbit.kernels.native import DTYPES
+from fourbit.memory.tracker import has_values
+from fourbit.nn.fused import runs_own_code
+from fourbit.ops.library import runs_native
 from fourbit.shapes import with_rounded_rows
 
 IGNORED = -100
@@ -53,10 +58,23 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, V] of hidden [T, H]."""
-        logits: Tensor = self.module(with_rounded_rows(hidden))[: hidden.shape[0]]
+        logits: Tensor
+        if self._decodes(hidden):
+            logits = dense(hidden, self.module.weight.detach())  # type: ignore[operator]
+        else:
+            logits = self.module(with_rounded_rows(hidden))[: hidden.shape[0]]
         if self.scale != 1.0:
             logits = logits.float() * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits.float() / self.softcap)
+
+    def _decodes(self, hidden: Tensor) -> bool:
+        """Whether these few rows are decoded on a CPU: reading the head is all that takes time then."""
+        if not self.plain or torch.is_grad_enabled() or not 0 < len(hidden) <= MOST_DENSE:
+            return False
+        head: Any = self.module
+        fits = head.bias is None and head.weight.dtype == hidden.dtype and hidden.dtype in DTYPES
+        contiguous = head.weight.is_contiguous() and hidden.is_contiguous()
+        return fits and contiguous and has_values(hidden) and runs_native(hidden) and runs_own_code(head)
 
     @property
     def plain(self) -> bool:
