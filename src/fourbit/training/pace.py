@@ -38,9 +38,10 @@ from fourbit.nn.loss import causal_lm_loss, split_model
 from fourbit.training.loop import steps_in_run, train_mode
 from fourbit.training.skeleton import run_skeleton
 
-#: Layers that are timed beside one alone: so many that they take about so many seconds, and at least two.
-_SECONDS = 0.6
-#: A call is made once untimed and then so often, the shortest counts; a slow one is made once.
+#: Layers that are timed beside one alone: so many that they take about so many seconds, and at least so many,
+#: or two where one alone takes very long.
+_SECONDS, _FEWEST, _VERY_LONG = 0.6, 4, 3.0
+#: A call is made once untimed and then so often, the shortest counts; a slow one is made once more only.
 _TIMES, _SLOW = 3, 1.0
 #: Layers that a shape alone is given.
 _LAYERS = 8
@@ -172,7 +173,8 @@ def _seconds(model: Any, depth: int, call: Callable[[], None]) -> float:
         one = _timed(call, device)
     if _depth(model) == 1:
         return depth * one
-    several = min(_depth(model), max(2, int(_SECONDS / max(one, 1e-6))))
+    fewest = _FEWEST if one < _VERY_LONG else 2
+    several = min(_depth(model), max(fewest, int(_SECONDS / max(one, 1e-6))))
     with _layers(model, several):
         each = (_timed(call, device) - one) / (several - 1)
     return one + (depth - 1) * max(0.0, each)
@@ -186,8 +188,8 @@ def _timed(call: Callable[[], None], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.monotonic() - start)
-        if taken[0] > _SLOW:
-            return taken[0]
+        if len(taken) == 2 and taken[1] > _SLOW:
+            break
     return min(taken[1:])
 
 
