@@ -154,8 +154,8 @@ bool has_nonfinite(const void* w, int dtype, int64_t n) {
     return _mm512_test_epi32_mask(found, found) != 0 || scalar::has_nonfinite(rest, dtype, n - i);
 }
 
-// A table of 256 is eight permutes of 32 and a choice by the upper three bits: faster than a gather.
-// Words are looked up twice as many at a time as floats: the map is split into its upper and lower halves.
+// A table of 256 words is four permutes of 64 and a choice by the upper two bits: faster than a gather, and twice
+// as many at a time as floats. So the map is split into the lower and upper halves of its values.
 void restore(const uint8_t* codes8, int64_t count, const float* map, float scale, float offset,
              float* absmax) {
     __m512i lower[8], upper[8];  // 32 values each

@@ -94,9 +94,27 @@ def test_what_fails_is_one_line(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
         raise ValueError("no such layer\nat all")
 
     monkeypatch.setattr(pace, "causal_lm_loss", broken)
-    with pytest.raises(ModelError, match=r"time of LlamaForCausalLM cannot be predicted \(no such layer\)$"):
+    with pytest.raises(ModelError, match=r"^time of LlamaForCausalLM cannot be predicted \(no such layer\)$"):
         measure_pace(model, TrainSettings(), rows(8))
     assert len(model.get_base_model().model.layers) == 6
+
+
+def test_a_failure_leaves_no_gradients(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on after it: what the loss has added before must not reach the first step."""
+    real = pace.causal_lm_loss
+
+    def failing_late(*args: Any) -> Any:
+        loss, count = real(*args)
+        next(p for p in model.parameters() if p.requires_grad).register_hook(_raise)
+        return loss, count
+
+    def _raise(grad: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(pace, "causal_lm_loss", failing_late)
+    with pytest.raises(ModelError, match="no memory"):
+        measure_pace(model, TrainSettings(), rows(8))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_run_says_it_and_comes_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

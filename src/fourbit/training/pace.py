@@ -22,7 +22,7 @@ from fourbit.data.examples import length_of, lengths_of
 from fourbit.data.pack import collate_packed
 from fourbit.data.render import Example
 from fourbit.data.steps import epoch_fill, groups
-from fourbit.errors import ModelError
+from fourbit.evaluate.context import transformers_model
 from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
 from fourbit.memory.activations import checkpoint_activations
@@ -36,6 +36,7 @@ from fourbit.nn.fused import fuse
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import causal_lm_loss, split_model
 from fourbit.training.loop import steps_in_run, train_mode
+from fourbit.training.rehearse import failing_clearly
 from fourbit.training.skeleton import run_skeleton
 
 #: Layers that are timed beside one alone: so many that they take about so many seconds, and at least so many,
@@ -86,7 +87,7 @@ def measure_pace(
     Raises ModelError where its layers cannot be told apart.
     """
     if settings.activation_checkpointing:
-        checkpoint_activations(_base(model))
+        checkpoint_activations(transformers_model(model))
     rows = range(min(len(train), _STEPS * settings.effective_batch))
     sizes = sorted(groups(rows, train, settings), key=lambda g: sum(length_of(train, row) for row in g))
     lay = collate if settings.packing is None else collate_packed
@@ -98,12 +99,14 @@ def measure_pace(
         keys = key_source(model)
         if keys is not None:
             keys.set(settings.seed, 0, batch.rows, batch.position_ids)
-        with autocast():
-            loss, _ = causal_lm_loss(model, batch, settings.loss_chunk)
-        loss.backward()
-        if keys is not None:
-            keys.clear()
-        model.zero_grad(set_to_none=True)
+        try:
+            with autocast():
+                loss, _ = causal_lm_loss(model, batch, settings.loss_chunk)
+            loss.backward()
+        finally:  # a run goes on where this fails, and must not begin with these gradients
+            if keys is not None:
+                keys.clear()
+            model.zero_grad(set_to_none=True)
 
     def score(batch: Batch) -> None:
         model.eval()
@@ -140,8 +143,8 @@ def step_seconds(config: RunConfig) -> float:
     model: Any = run_skeleton(config, dtype, _LAYERS)
     _fill(model.to_empty(device="cpu"))
     if settings.fused and native.available():
-        use_tiled_attention(_base(model))
-        fuse(_base(model))
+        use_tiled_attention(transformers_model(model))
+        fuse(transformers_model(model))
     trained = [False] + [True] * (length - 1)
     rows = [Example([0] * length, trained, row, "", 1) for row in range(settings.effective_batch)]
     mixed = config.lora is None and dtype != torch.float32
@@ -194,28 +197,20 @@ def _timed(call: Callable[[], None], device: torch.device) -> float:
 
 
 def _depth(model: Any) -> int:
-    return int(_base(model).config.get_text_config().num_hidden_layers)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return int(transformers_model(model).config.get_text_config().num_hidden_layers)
 
 
 @contextmanager
 def _layers(model: Any, count: int) -> Iterator[None]:
     """A block in which a model has only the first of its decoder layers."""
-    text, depth = _base(model).config.get_text_config(), _depth(model)
+    text, depth = transformers_model(model).config.get_text_config(), _depth(model)
     owner, name = layer_list(split_model(model)[0], depth)
     whole = getattr(owner, name)
     setattr(owner, name, nn.ModuleList(list(whole)[:count]))
     text.num_hidden_layers = count
     try:
-        yield
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ModelError(
-            f"the time of {type(_base(model)).__name__} cannot be predicted ({reason})"
-        ) from error
+        with failing_clearly("time", transformers_model(model)):
+            yield
     finally:
         setattr(owner, name, whole)
         text.num_hidden_layers = depth

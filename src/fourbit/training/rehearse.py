@@ -105,7 +105,7 @@ class Rehearsal:
         weight = next(self._head.module.parameters())
         at_once = max(1, chunk * 2**20 // (4 * self._vocabulary))
         shown = min(trained, 2 * at_once)  # further chunks come and go as the second does
-        with self._mode, _failing_clearly(self._base):
+        with self._mode, failing_clearly("memory", self._base):
             hidden = torch.empty(rows, tokens, self._hidden, dtype=self._dtype, requires_grad=gradient)
             labels = torch.zeros(shown, dtype=torch.int64)
             with PeakTracker([hidden, weight]) as tracker, torch.set_grad_enabled(gradient):
@@ -122,7 +122,7 @@ class Rehearsal:
 
     def _run(self, layers: int, rows: int, tokens: int) -> Needs:
         self._use_layers(layers)
-        with self._mode, _failing_clearly(self._base):
+        with self._mode, failing_clearly("memory", self._base):
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
             positions = torch.arange(tokens).expand(rows, tokens).contiguous()
             mask = torch.ones_like(ids)
@@ -168,9 +168,10 @@ def _line(first: Needs, second: Needs, further: int) -> Needs:
 
 
 @contextmanager
-def _failing_clearly(base: nn.Module) -> Iterator[None]:
+def failing_clearly(what: str, base: nn.Module) -> Iterator[None]:
+    """A block that runs a model's own code to predict something; whatever that raises is a ModelError."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ModelError(f"memory of {type(base).__name__} cannot be predicted ({reason})") from error
+        raise ModelError(f"{what} of {type(base).__name__} cannot be predicted ({reason})") from error
