@@ -212,8 +212,13 @@ class TrainSettings(_Settings):
     packing: int | None = Field(
         default=None,
         ge=8,
-        description="lay rows end to end, up to so many tokens at once, instead of padding micro_batch "
-        "rows; they do not see each other, so the result is the same; null: pad",
+        description="lay rows end to end, up to so many tokens at once, instead of taking micro_batch rows; "
+        "they do not see each other, so the result is the same; null: micro_batch rows at once",
+    )
+    padding_free: bool | None = Field(
+        default=None,
+        description="lay the rows of a micro-batch end to end too, instead of padding them to the longest; "
+        "the result is the same; null: on a CPU, with fourbit's attention and products that take any length",
     )
     max_grad_norm: float = Field(default=0.3, gt=0, description="gradient clipping (QLoRA: 0.3)")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
@@ -265,6 +270,17 @@ class TrainSettings(_Settings):
     )
     seed: int = Field(default=0, ge=0, description="seed of split, order, adapter initialisation and dropout")
     tensorboard: bool = Field(default=False, description="also write TensorBoard events into the run folder")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if self.packing is not None and self.padding_free is False:
+            raise ValueError("packing lays rows end to end: padding_free cannot be false beside it")
+        return self
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether rows computed at once are laid end to end; null of padding_free counts as no."""
+        return self.packing is not None or bool(self.padding_free)
 
 
 class EvalSettings(_Settings):

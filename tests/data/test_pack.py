@@ -16,12 +16,11 @@ from fourbit.data.encode import encode
 from fourbit.data.pack import best_fit, collate_packed
 from fourbit.data.read import read_rows
 from fourbit.data.render import Example
-from fourbit.data.steps import epoch_fill, groups
-from fourbit.errors import ConfigError
+from fourbit.data.steps import batch_of, epoch_fill, groups
 from fourbit.model.adapters import add_lora, key_source
 from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.loss import causal_lm_loss
-from fourbit.nn.packing import check_packing
+from fourbit.nn.packing import keeps_rows_apart
 from tests.tiny import byte_tokenizer, llama
 
 
@@ -59,13 +58,12 @@ def test_the_shipped_data_is_packed_to_97_percent(smollm2, settings, part, every
         assert sum(lengths) / (capacity * len(best_fit(lengths, capacity))) >= 0.97
 
 
-@pytest.mark.parametrize("packing", [None, 48])
-def test_the_fill_is_that_of_the_batches(packing):
+@pytest.mark.parametrize("layout", [{}, {"padding_free": True}, {"packing": 48}], ids=str)
+def test_the_fill_is_that_of_the_batches(layout):
     rows = examples() * 3
-    train = TrainSettings(packing=packing, effective_batch=4, micro_batch=3)
-    lay = collate if packing is None else collate_packed
+    train = TrainSettings(effective_batch=4, micro_batch=3, **layout)
     batches = [
-        lay([rows[i] for i in group], 0)
+        batch_of([rows[i] for i in group], 0, train)
         for step in effective_batches(rows, 4, train.seed, 0, train.group_by_length)
         for group in groups(step, rows, train)
     ]
@@ -139,17 +137,27 @@ def test_order_inside_a_pack_does_not_matter():
     assert one.item() == pytest.approx(other.item(), rel=1e-6)
 
 
-def test_a_model_that_mixes_packed_rows_is_refused():
-    model = llama()
-    check_packing(model, 0, torch.device("cpu"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_mixes_rows_is_found(dtype):
+    model = llama().to(dtype)
+    assert keeps_rows_apart(model, 0, torch.device("cpu"))
+    assert keeps_rows_apart(model, 258, torch.device("cpu"))  # the last word
     layer = model.model.layers[0].mlp
 
     def leak(module, inputs, output):
         return output + 1e-3 * output.cumsum(dim=1)
 
     layer.register_forward_hook(leak)
-    with pytest.raises(ConfigError, match=r"train\.packing: LlamaModel lets packed rows see each other"):
-        check_packing(model, 0, torch.device("cpu"))
+    assert not keeps_rows_apart(model, 0, torch.device("cpu"))
+
+
+def test_a_model_that_counts_places_is_found():
+    """Rows are apart, but the second one's positions go on from the first's."""
+    model = llama()
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: output + torch.linspace(0, 1, output.shape[1])[:, None]
+    )
+    assert not keeps_rows_apart(model, 0, torch.device("cpu"))
 
 
 def test_a_real_tokenizers_rows(settings, row):

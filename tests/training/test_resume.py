@@ -98,7 +98,7 @@ def test_packed_rows_are_taken_up_too(settings: Any, tmp_path: Path, monkeypatch
     trained(settings(output=str(tmp_path / "whole"), **changes))
     config = settings(output=str(tmp_path / "stopped"), **changes)
     with monkeypatch.context() as patch:
-        stop_after(patch, "collate_packed", 3)
+        stop_after(patch, "batch_of", 3)
         assert trained(config)[0] == "interrupted"
     with monkeypatch.context() as patch:
         stop_after(patch, "_optimizer_step", 2)

@@ -56,14 +56,18 @@ def run(args: argparse.Namespace) -> int:
     rows = [(example, cells(example, tokenizer)) for example in prepared.train[: args.rows]]
     if args.html:
         _write(args.html, prepared.report, rows, f"What is trained: {', '.join(config.data.train)}")
-    fill = epoch_fill(prepared.train, config.train)
+    layouts = {
+        settings.end_to_end: epoch_fill(prepared.train, settings) for settings in _layouts(config.train)
+    }
     if args.json:
-        print_json({**prepared.report.to_dict(), "filled": fill.share})
+        names = {False: "filled_padded", True: "filled_end_to_end"}
+        filled = {names[end_to_end]: fill.share for end_to_end, fill in layouts.items()}
+        print_json({**prepared.report.to_dict(), **filled})
         return 0
     if not args.html:
         for example, tokens in rows:
             _show(example, tokens, out)
-    out.print(report_table([*prepared.report.lines(), ("filled", _filled(fill, config.train), False)]))
+    out.print(report_table([*prepared.report.lines(), ("filled", _filled(layouts, config.train), False)]))
     if args.html:
         out.print(f"wrote {args.html}, which holds the text of {len(rows):,} rows", highlight=False)
     return 0
@@ -104,10 +108,20 @@ def _visible(text: str) -> str:
     return "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
 
 
-def _filled(fill: Fill, train: TrainSettings) -> str:
-    how = "micro-batches of" if train.packing is None else "packs of up to"
-    size = train.micro_batch if train.packing is None else train.packing
-    return f"{fill.share:.1%} of the tokens computed in an epoch ({how} {size:,})"
+def _layouts(train: TrainSettings) -> list[TrainSettings]:
+    """The settings for each way that rows may lie: which of two it is under null, the run decides."""
+    if train.packing is not None or train.padding_free is not None:
+        return [train]
+    return [train.model_copy(update={"padding_free": free}) for free in (True, False)]
+
+
+def _filled(layouts: dict[bool, Fill], train: TrainSettings) -> str:
+    if train.packing is not None:
+        how = f"packs of up to {train.packing:,}"
+        return f"{layouts[True].share:.1%} of the tokens computed in an epoch ({how})"
+    names = {True: "end to end", False: "padded"}
+    shares = ", ".join(f"{fill.share:.1%} {names[free]}" for free, fill in layouts.items())
+    return f"{shares}, of the tokens computed in an epoch (micro-batches of {train.micro_batch:,})"
 
 
 def _write(path: str, report: Report, rows: list[tuple[Example, list[Cell]]], title: str) -> None:

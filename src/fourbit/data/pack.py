@@ -1,4 +1,4 @@
-"""Rows laid end to end in one sequence, instead of below one another with padding.
+"""Rows laid end to end in one sequence, instead of below one another with padding: packs, micro-batches.
 
 Rows do not see each other: positions begin anew with each, and with no 2-D mask given transformers keeps
 tokens apart wherever positions do not go on by one. Which rows share an optimizer step is decided before, so

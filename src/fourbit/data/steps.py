@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fourbit.config import TrainSettings
-from fourbit.data.batch import effective_batches, micro_batches
+from fourbit.data.batch import Batch, collate, effective_batches, micro_batches
 from fourbit.data.examples import length_of
-from fourbit.data.pack import best_fit, packed_size
+from fourbit.data.pack import best_fit, collate_packed, packed_size
 from fourbit.data.render import Example
 from fourbit.shapes import rounded_size
 
@@ -35,9 +35,14 @@ def groups(rows: Sequence[int], examples: Sequence[Example], settings: TrainSett
     return [[rows[index] for index in pack] for pack in packs]
 
 
+def batch_of(group: Sequence[Example], pad_id: int, settings: TrainSettings) -> Batch:
+    """One of `groups` as it is computed: end to end, or padded to the longest."""
+    return (collate_packed if settings.end_to_end else collate)(group, pad_id)
+
+
 def epoch_fill(examples: Sequence[Example], settings: TrainSettings) -> Fill:
     """Of the first epoch of a run with these settings."""
-    size = _padded_size if settings.packing is None else packed_size
+    size = packed_size if settings.end_to_end else _padded_size
     steps = effective_batches(examples, settings.effective_batch, settings.seed, 0, settings.group_by_length)
     found = [
         [length_of(examples, row) for row in group]

@@ -53,14 +53,17 @@ class Budget:
         tiers = self._planner.tiers if self._memory is not None else (config.model.weight_tier,)
         return config if "disk" not in tiers else _with_weights(config, "disk")
 
-    def plan(self, train: Sequence[Example], heldout: Sequence[Example], words: int) -> Plan:
+    def plan(
+        self, train: Sequence[Example], heldout: Sequence[Example], words: int, end_to_end: bool
+    ) -> Plan:
         """The plan of the run on these rows; under a budget the fastest that fits.
 
-        words  of the tokenizer
+        words       of the tokenizer
+        end_to_end  whether the rows of a micro-batch are laid so
 
         Raises MemoryBudgetError for one that would not fit.
         """
-        self._planner.use_rows(Rows.of(train, heldout, words))
+        self._planner.use_rows(Rows.of(train, heldout, words), end_to_end)
         if self._memory is not None:
             return self._planner.choose(self._memory)
         plan = self._planner.plan(self._planner.asked)

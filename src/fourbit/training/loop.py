@@ -20,11 +20,10 @@ from peft import PeftModel
 from torch import nn
 
 from fourbit.config import TrainSettings
-from fourbit.data.batch import Batch, collate, effective_batches
+from fourbit.data.batch import Batch, effective_batches
 from fourbit.data.examples import length_of
-from fourbit.data.pack import collate_packed
 from fourbit.data.render import Example
-from fourbit.data.steps import groups
+from fourbit.data.steps import batch_of, groups
 from fourbit.errors import TrainingError
 from fourbit.evaluate.heldout import heldout_loss
 from fourbit.memory.activations import ActivationTier, checkpoint_activations
@@ -32,7 +31,6 @@ from fourbit.memory.measure import peak_bytes
 from fourbit.model.adapters import key_source
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import causal_lm_loss
-from fourbit.nn.packing import check_packing
 from fourbit.optim import PagedAdamW
 from fourbit.training import checkpoint
 from fourbit.training.guard import Guard
@@ -113,8 +111,6 @@ def run_loop(
         progress, guard = resume_from.state.progress, Guard(resume_from.state.guard)
         relief = resume_from.state.relief
     first_step, first_tokens = progress.step, progress.tokens
-    if settings.packing is not None:
-        check_packing(model, work.pad_id, work.device)
 
     def save() -> None:
         # Metrics first: a checkpoint on the disk must find there all lines that came before it.
@@ -289,10 +285,9 @@ def _add_gradients(work: Work, step: int, rows: list[int], interrupted: Callable
 
 
 def _micro_batches(work: Work, rows: list[int]) -> Iterator[Batch]:
-    """The rows of an optimizer step, packed or padded."""
-    lay = collate if work.settings.packing is None else collate_packed
+    """The rows of an optimizer step, end to end or padded."""
     for group in groups(rows, work.train, work.settings):
-        yield lay([work.train[row] for row in group], work.pad_id).to(work.device)
+        yield batch_of([work.train[row] for row in group], work.pad_id, work.settings).to(work.device)
 
 
 def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter, line: ProgressLine) -> None:

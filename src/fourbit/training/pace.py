@@ -19,9 +19,8 @@ from torch import nn
 from fourbit.config import RunConfig, TrainSettings
 from fourbit.data.batch import Batch, collate
 from fourbit.data.examples import length_of, lengths_of
-from fourbit.data.pack import collate_packed
 from fourbit.data.render import Example
-from fourbit.data.steps import epoch_fill, groups
+from fourbit.data.steps import batch_of, epoch_fill, groups
 from fourbit.evaluate.context import transformers_model
 from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
@@ -90,9 +89,10 @@ def measure_pace(
         checkpoint_activations(transformers_model(model))
     rows = range(min(len(train), _STEPS * settings.effective_batch))
     sizes = sorted(groups(rows, train, settings), key=lambda g: sum(length_of(train, row) for row in g))
-    lay = collate if settings.packing is None else collate_packed
     device = next(model.parameters()).device
-    small, large = (lay([train[row] for row in sizes[at]], 0).to(device) for at in (len(sizes) // 4, -1))
+    small, large = (
+        batch_of([train[row] for row in sizes[at]], 0, settings).to(device) for at in (len(sizes) // 4, -1)
+    )
 
     def step(batch: Batch) -> None:
         train_mode(model)

@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from fourbit.config import DataSettings, LoraSettings, ModelSettings, RunConfig, TrainSettings
 from fourbit.config_file import resolve
-from fourbit.data.pack import MULTIPLE
+from fourbit.data.pack import packed_size
 from fourbit.errors import ConfigError, nearest
 from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
@@ -31,6 +31,7 @@ from fourbit.model.base import is_packed
 from fourbit.ops.linear import multiplies_panels
 from fourbit.optim.adamw import state_bytes
 from fourbit.shapes import rounded_size
+from fourbit.training.layout import takes_any_length
 from fourbit.training.rehearse import Rehearsal
 from fourbit.training.runtime import CUDA_CONTEXT, runtime_bytes
 from fourbit.training.skeleton import run_skeleton
@@ -88,11 +89,15 @@ class Planner:
             base_settings.path, base_settings.revision, base_settings.trust_remote_code
         )
         fused = config.train.fused and target.on_cpu and native.available()
+        ours = fused and base.config._attn_implementation == "sdpa"
+        free = config.train.padding_free
+        any_length = ours and takes_any_length(target.dtype, self.weights.codes)
+        self._end_to_end = any_length if free is None else free
         self._rehearsal = Rehearsal(skeleton, fused)
 
-    def use_rows(self, rows: Rows) -> None:
-        """Plan for these rows from now on."""
-        self._rows = rows
+    def use_rows(self, rows: Rows, end_to_end: bool) -> None:
+        """Plan for these rows from now on, laid so in micro-batches."""
+        self._rows, self._end_to_end = rows, end_to_end
 
     @property
     def asked(self) -> Choice:
@@ -149,7 +154,7 @@ class Planner:
             device=self._target.name,
             parameters=weights.parameters,
             trainable=weights.trainable,
-            tokens=self._padded(choice.micro_batch)[1],
+            tokens=self._padded(1)[1],
             effective_batch=self._config.train.effective_batch,
             choice=choice,
             held=self._held(choice),
@@ -239,11 +244,11 @@ class Planner:
 
     def _padded(self, micro_batch: int) -> tuple[int, int]:
         """Rows and tokens of the largest micro-batch."""
-        packing = self._config.train.packing
-        if packing is not None:
-            return 1, -(-max(packing, self._rows.longest) // MULTIPLE) * MULTIPLE
-        rows = min(micro_batch, self._config.train.effective_batch, self._rows.count or micro_batch)
-        return rows, rounded_size(self._rows.longest)
+        train, longest = self._config.train, self._rows.longest
+        if train.packing is not None:
+            return 1, packed_size([max(train.packing, longest)])
+        rows = min(micro_batch, train.effective_batch, self._rows.count or micro_batch)
+        return (1, packed_size([longest] * rows)) if self._end_to_end else (rows, rounded_size(longest))
 
     def _step(self, choice: Choice) -> Phase:
         rows, tokens = self._padded(choice.micro_batch)

@@ -35,6 +35,7 @@ from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.fused import fuse
 from fourbit.training import checkpoint, durable, identity
 from fourbit.training.budget import Budget, open_budget, prediction, with_choice
+from fourbit.training.layout import settled
 from fourbit.training.lock import check_free, hold
 from fourbit.training.loop import Outcome, Work, autocast, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter
@@ -129,12 +130,12 @@ def dry_run(config: RunConfig, console: Console, memory: int | None = None) -> d
     budget = open_budget(config, memory, console)
     model, tokenizer = prepare_model(config, console)
     encoded, examples, heldout = prepare_data(config, tokenizer, console)
-    plan, time = None, {}
+    _use_kernels(model, config, console)
+    config, plan, time = settled(config, model, int(tokenizer.pad_token_id), console), None, {}
     if budget is not None:
-        plan = budget.plan(examples, heldout, len(tokenizer))
+        plan = budget.plan(examples, heldout, len(tokenizer), config.train.end_to_end)
         print_plan(plan, console)
         chosen = with_choice(config, plan.choice)
-        _use_kernels(model, chosen, console)
         time = _predict_time(_work(model, tokenizer, chosen, examples, heldout), console)
     trainable, total = parameter_counts(model)
     steps = steps_in_run(len(examples), config.train)
@@ -190,10 +191,11 @@ def _fit_locked(
     folder = Path(config.output)
     check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
     _, examples, heldout = prepare_data(config, tokenizer, console)
-    plan = None
+    base = _use_kernels(model, config, console)
+    config, plan = settled(config, model, int(tokenizer.pad_token_id), console), None
     if budget is not None:
         with console.status("planning memory"):
-            plan = budget.plan(examples, heldout, len(tokenizer))
+            plan = budget.plan(examples, heldout, len(tokenizer), config.train.end_to_end)
         config = with_choice(config, plan.choice)
         if config.model.weight_tier == "device":
             hold_weights(model)
@@ -219,7 +221,6 @@ def _fit_locked(
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
         highlight=False,
     )
-    base = _use_kernels(model, config, console)
     hidden_size, settings = base.config.get_text_config().hidden_size, config.train
     moves = settings.activation_tier == "disk"
     if wants_compact_heap(settings.compact_heap, hidden_size, work.device.type == "cpu", moves):

@@ -1,0 +1,70 @@
+"""How the rows of a micro-batch lie: end to end, or below one another with padding (`train.padding_free`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fourbit.config import RunConfig
+from fourbit.errors import ConfigError
+from fourbit.model.compute import choose_compute_dtype
+from fourbit.nn.attention import NAME
+from fourbit.nn.linear import Linear4bit
+from fourbit.nn.loss import split_model
+from fourbit.nn.packing import keeps_rows_apart
+from fourbit.ops.linear import multiplies_panels
+
+
+def takes_any_length(dtype: torch.dtype, packed: int) -> bool:
+    """Whether a CPU multiplies any number of tokens at the same cost.
+
+    packed  values of the packed weights
+
+    oneDNN compiles and keeps code for each number of rows that a bf16 product has (docs/log.md), our own
+    product with packed weights and fp32 do not.
+    """
+    return dtype == torch.float32 or multiplies_panels(torch.empty(1, 1, dtype=dtype), packed)
+
+
+def settled(config: RunConfig, model: nn.Module, pad_id: int, console: Console) -> RunConfig:
+    """The settings with `train.padding_free` true or false, for a model that computes as it will in training.
+
+    Under `train.packing` it stays as it is.
+
+    Raises ConfigError where rows are to lie end to end and the model does not keep them apart.
+    """
+    train = config.train
+    wanted, asked = _wanted(config, model), train.packing is not None or bool(train.padding_free)
+    if wanted and train.effective_batch > 1:
+        device = next(model.parameters()).device
+        if not keeps_rows_apart(model, pad_id, device):
+            decoder = type(split_model(model)[0]).__name__
+            if asked:
+                key = "padding_free" if train.packing is None else "packing"
+                raise ConfigError(
+                    f"train.{key}: {decoder} lets rows laid end to end see each other; "
+                    "leave the setting out to pad rows instead"
+                )
+            console.print(
+                f"rows are padded: {decoder} lets rows laid end to end see each other", highlight=False
+            )
+            wanted = False
+    if train.packing is not None:
+        return config
+    return config.model_copy(update={"train": train.model_copy(update={"padding_free": wanted})})
+
+
+def _wanted(config: RunConfig, model: nn.Module) -> bool:
+    train = config.train
+    if train.packing is not None or train.padding_free is not None:
+        return train.end_to_end
+    decoder: Any = split_model(model)[0]
+    device = next(model.parameters()).device
+    if device.type != "cpu" or decoder.config._attn_implementation != NAME:
+        return False
+    dtype = choose_compute_dtype(config.model.compute_dtype, device).dtype
+    packed = any(isinstance(layer, Linear4bit) for layer in model.modules())
+    return takes_any_length(dtype, int(packed))
