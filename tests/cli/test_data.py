@@ -27,9 +27,11 @@ def test_rows_and_report(fourbit: Fourbit, here: Path) -> None:
     )
     assert "rows.jsonl:2" not in out
     assert "rows read   16 (prompt_completion)" in out
-    filled = re.search(r"filled +(\S+)% end to end, (\S+)% padded, of the tokens computed", " ".join(out.split()))
+    filled = re.search(
+        r"filled +(\S+)% end to end, (\S+)% padded, of the tokens computed", " ".join(out.split())
+    )
     assert filled is not None
-    assert 90 < float(filled[2]) < float(filled[1])
+    assert 80 < float(filled[2]) < float(filled[1]) <= 100
     code, out, _ = fourbit(*SHOW, "--rows", "0", "--set", "train.packing=256")
     assert re.search(r"filled +9[89]\.\d% of the tokens computed in an epoch \(packs of up to 256\)", out)
     assert sorted(here.iterdir()) == before

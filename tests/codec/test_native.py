@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fourbit import reference
 from fourbit.codebooks import codebook, thresholds
+from fourbit.kernels import codec as native_codec
 from fourbit.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native library: {native.load_error()}")
@@ -43,11 +44,11 @@ def by_the_reference(dtype: torch.dtype, quant_type: str, block_size: int) -> tu
 
 def quantized(w: torch.Tensor, values: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8)
-    return codes, native.quantize_4bit(w, *thresholds(values), block_size, codes)
+    return codes, native_codec.quantize_4bit(w, *thresholds(values), block_size, codes)
 
 
 def dequantized(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int, out: Tensor) -> Tensor:
-    native.dequantize_4bit(codes, absmax, None, None, values, block_size, out)
+    native_codec.dequantize_4bit(codes, absmax, None, None, values, block_size, out)
     return out
 
 
@@ -105,27 +106,27 @@ def test_scales_restored_on_the_fly(isa: str, threads: int) -> None:
     codes, absmax = reference.quantize_4bit(torch.randn(SIZE), codebook("nf4"), 32)
     codes8, nested, offset = reference.quantize_absmax(absmax)
     restored = reference.dequantize_absmax(codes8, nested, offset)
-    assert torch.equal(native.dequantize_absmax(codes8, nested, offset), restored)
+    assert torch.equal(native_codec.dequantize_absmax(codes8, nested, offset), restored)
     plain = dequantized(codes, restored, codebook("nf4"), 32, torch.empty(SIZE))
     out = torch.empty(SIZE)
-    native.dequantize_4bit(codes, codes8, nested, offset, codebook("nf4"), 32, out)
+    native_codec.dequantize_4bit(codes, codes8, nested, offset, codebook("nf4"), 32, out)
     assert torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 4096, 4097, 3 * 4096 + 5, 100_000])
 def test_double_quantization_for_any_number_of_threads(threads: int, size: int) -> None:
     absmax = torch.rand(size) * 3
-    assert all(map(torch.equal, native.quantize_absmax(absmax), reference.quantize_absmax(absmax)))
+    assert all(map(torch.equal, native_codec.quantize_absmax(absmax), reference.quantize_absmax(absmax)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_first_value_that_is_not_finite(isa: str, threads: int, dtype: torch.dtype, bad: float) -> None:
     w = torch.full((SIZE,), torch.finfo(dtype).max, dtype=dtype)
-    assert native.find_nonfinite(w) == -1
+    assert native_codec.find_nonfinite(w) == -1
     for position in (SIZE - 1, 2 * 65_536 + 1, 65_535, 33, 0):
         w[position] = bad
-        assert native.find_nonfinite(w) == position
+        assert native_codec.find_nonfinite(w) == position
         _, absmax = quantized(w, codebook("nf4"), 64)
         assert not absmax[position // 64].isfinite()
         assert absmax[: position // 64].isfinite().all()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fourbit import reference
 from fourbit.codebooks import codebook
+from fourbit.kernels import codec as native_codec
 from fourbit.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native library: {native.load_error()}")
@@ -39,7 +40,7 @@ def packed(out_features: int, in_features: int, block_size: int) -> tuple[Tensor
 def multiply(
     x: Tensor, weight: tuple[Tensor, Tensor], block_size: int, out_features: int, bias: Tensor | None
 ) -> Tensor:
-    return native.linear_4bit(x, *weight, None, None, codebook("nf4"), block_size, out_features, bias)
+    return native_codec.linear_4bit(x, *weight, None, None, codebook("nf4"), block_size, out_features, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,7 +90,9 @@ def test_double_quantized_scales(isa: str, in_features: int, block_size: int) ->
     restored = reference.dequantize_absmax(codes8, nested, offset)
     for dtype in DTYPES:
         x = torch.randn(2, in_features).to(dtype)
-        got = native.linear_4bit(x, codes, codes8, nested, offset, codebook("nf4"), block_size, 130, None)
+        got = native_codec.linear_4bit(
+            x, codes, codes8, nested, offset, codebook("nf4"), block_size, 130, None
+        )
         assert torch.equal(got, multiply(x, (codes, restored), block_size, 130, None))
 
 
@@ -114,6 +117,6 @@ def test_codes_of_every_value_and_any_codebook(isa: str) -> None:
         codes = torch.randint(256, (3 * 128,), dtype=torch.uint8)
         index = torch.stack([codes >> 4, codes & 15], dim=1).view(3, 256)
         absmax = torch.tensor([0.5, 1, 2, 4, 8, 16, 32, 64, 0.25, 3, 5, 7])
-        got = native.linear_4bit(torch.eye(256), codes, absmax, None, None, only, 64, 3, None)
+        got = native_codec.linear_4bit(torch.eye(256), codes, absmax, None, None, only, 64, 3, None)
         expected = only[index.long()] * absmax.repeat_interleave(64).view(3, 256)
         assert torch.equal(got, expected.T)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fourbit import reference
 from fourbit.codebooks import codebook
+from fourbit.kernels import codec as native_codec
 from fourbit.kernels import native
 from fourbit.kernels.product import Adapter, Dropout, Packed, has_product, product, product_grad
 
@@ -246,7 +247,7 @@ def test_few_rows_are_the_few_row_product_and_the_adapter_on_top(dtype: torch.dt
         codes = packed(n, k, 64)
         weight, lora = Packed(n, k, *codes, None, None, codebook("nf4"), 64), adapter(n, k, rank)
         x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
-        base = native.linear_4bit(x, *codes, None, None, codebook("nf4"), 64, n, bias)
+        base = native_codec.linear_4bit(x, *codes, None, None, codebook("nf4"), 64, n, bias)
         y, low = product(x, weight, bias, lora, few=True)
         assert torch.equal(low, product(x, weight, bias, lora)[1])
         truth = base.double() + lora.scaling * low.double() @ lora.b.to(dtype).double().T

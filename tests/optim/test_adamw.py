@@ -16,6 +16,7 @@ from fourbit import reference
 from fourbit.codebooks import dynamic_map
 from fourbit.errors import ConfigError, TrainingError
 from fourbit.kernels import native
+from fourbit.kernels import optimizer as native_optimizer
 from fourbit.optim import PagedAdamW, adamw, pages
 
 SHAPES = ((3, 100), (257,), (1,), (40, 50), (255,), (1000, 7), (16,))
@@ -72,7 +73,7 @@ def test_native_code_gives_the_reference_s_bytes(bits, count, threads):
         for step in range(1, 6):
             group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
             coefficients = adamw._coefficients(group, step)
-            (native.adamw if bits == 32 else native.adamw_8bit)(*ours, coefficients)
+            (native_optimizer.adamw if bits == 32 else native_optimizer.adamw_8bit)(*ours, coefficients)
             (reference.adamw if bits == 32 else reference.adamw_8bit)(*theirs, coefficients)
             for one, other in zip(ours, theirs, strict=True):
                 assert one.numpy().tobytes() == other.numpy().tobytes()

@@ -93,7 +93,7 @@ def product(
 ) -> tuple[Tensor, Tensor | None]:
     """x [M, in_features] times the weight transposed, plus bias, plus what the adapter adds.
 
-    x is contiguous, bias of x's dtype. With few, for a few rows, the base's part is what `native.linear_4bit`
+    x is contiguous, bias of x's dtype. With few, for a few rows, the base's part is what `codec.linear_4bit`
     gives, and the adapter's is added to it. Returns y [M, out_features] and, with an adapter, what gradients
     need: low = dropout(x) A^T [M, r]; both of x's dtype.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourbit import reference
 from fourbit.errors import QuantizationError
-from fourbit.kernels import native
+from fourbit.kernels import attention as native_attention
 from fourbit.ops.codec import check_float
 from fourbit.ops.library import define, runs_native
 
@@ -37,7 +37,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> None:
 def _attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     _check(q, k, v, first)
     if runs_native(q) and 0 < q.shape[3] <= MOST_WIDTH and q.numel():
-        return native.attention(_rows(q), _rows(k), _rows(v), first.contiguous(), scale)
+        return native_attention.attention(_rows(q), _rows(k), _rows(v), first.contiguous(), scale)
     o, lse = reference.attention(q, k, v, first, scale)
     return _by_token(o), lse
 
@@ -54,7 +54,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(q, k, v, first)
     if runs_native(q) and 0 < q.shape[3] <= MOST_WIDTH and q.numel():
-        return native.attention_backward(
+        return native_attention.attention_backward(
             _rows(grad), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous(), first.contiguous(), scale
         )
     found = reference.attention_backward(grad, q, k, v, o, lse, first, scale)

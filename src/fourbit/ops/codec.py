@@ -16,7 +16,7 @@ from torch import Tensor
 from fourbit import reference
 from fourbit.codebooks import check_block_size, thresholds
 from fourbit.errors import QuantizationError
-from fourbit.kernels import native
+from fourbit.kernels import codec as native_codec
 from fourbit.ops.library import define, runs_native
 from fourbit.ops.workspace import allocate, workspace
 from fourbit.tensor import NESTED_BLOCK_SIZE
@@ -61,7 +61,7 @@ def _quantize(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Ten
     check_block_size(block_size)
     if runs_native(w):
         codes = allocate(((w.numel() + 1) // 2,), torch.uint8, w.device)
-        return codes, native.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
+        return codes, native_codec.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
     return reference.quantize_4bit(w, codebook, block_size)
 
 
@@ -80,7 +80,7 @@ define(
 def find_nonfinite(w: Tensor) -> int:
     """Flat position of the first NaN or infinity of w, or -1. Not an operator: it decides in Python."""
     check_float(w.dtype, "the tensor to search")
-    return native.find_nonfinite(w.contiguous()) if runs_native(w) else reference.find_nonfinite(w)
+    return native_codec.find_nonfinite(w.contiguous()) if runs_native(w) else reference.find_nonfinite(w)
 
 
 def restore_into(
@@ -96,7 +96,7 @@ def restore_into(
     check_parts(out.numel(), codes, absmax, nested, offset, block_size)
     check_float(out.dtype, "the wanted dtype")
     if runs_native(codes):
-        native.dequantize_4bit(codes, absmax, nested, offset, codebook, block_size, out)
+        native_codec.dequantize_4bit(codes, absmax, nested, offset, codebook, block_size, out)
     else:
         scales = absmax if nested is None or offset is None else _dequantize_absmax(absmax, nested, offset)
         out.copy_(reference.dequantize_4bit(codes, scales, out.shape, codebook, block_size, out.dtype))
@@ -157,7 +157,7 @@ define(
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_part("absmax", absmax, torch.float32, absmax.numel())
-    return (native if runs_native(absmax) else reference).quantize_absmax(absmax.contiguous())
+    return (native_codec if runs_native(absmax) else reference).quantize_absmax(absmax.contiguous())
 
 
 def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +171,7 @@ define("quantize_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)", _quantize_a
 def _dequantize_absmax(codes8: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     _check_part("nested_absmax", nested_absmax, torch.float32, -(-codes8.numel() // NESTED_BLOCK_SIZE))
     _check_part("offset", offset, torch.float32, 1)
-    implementation = native if runs_native(codes8) else reference
+    implementation = native_codec if runs_native(codes8) else reference
     return implementation.dequantize_absmax(codes8, nested_absmax, offset)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fourbit import reference
 from fourbit.errors import QuantizationError
-from fourbit.kernels import native
+from fourbit.kernels import elementwise as native_elementwise
 from fourbit.ops.codec import check_float
 from fourbit.ops.library import LIBRARY, define, runs_native
 
@@ -34,7 +34,7 @@ def _dropout(
 ) -> Tensor:
     _check(x, p, rows, positions)
     if runs_native(x):
-        return native.dropout(x.contiguous(), rows, positions, layer, seed, step, p)
+        return native_elementwise.dropout(x.contiguous(), rows, positions, layer, seed, step, p)
     return reference.keyed_dropout(x, p, rows, positions, layer, seed, step)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fourbit import reference
 from fourbit.errors import QuantizationError
-from fourbit.kernels import native
+from fourbit.kernels import elementwise as native_elementwise
 from fourbit.ops.codec import check_float
 from fourbit.ops.library import define, runs_native
 
@@ -43,7 +43,7 @@ def _check_gated(gate: Tensor, up: Tensor, kind: int) -> None:
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check_norm(x, weight)
     if runs_native(x):
-        return native.rms_norm(x.contiguous(), weight.contiguous(), eps)
+        return native_elementwise.rms_norm(x.contiguous(), weight.contiguous(), eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -55,7 +55,9 @@ def _norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     _check_norm(x, weight)
     if runs_native(x):
-        return native.rms_norm_backward(grad.contiguous(), x.contiguous(), weight.contiguous(), scale)
+        return native_elementwise.rms_norm_backward(
+            grad.contiguous(), x.contiguous(), weight.contiguous(), scale
+        )
     return reference.rms_norm_backward(grad, x, weight, scale)
 
 
@@ -66,7 +68,7 @@ def _norm_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) 
 def _gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     _check_gated(gate, up, kind)
     if runs_native(gate):
-        return native.gated(gate.contiguous(), up.contiguous(), kind)
+        return native_elementwise.gated(gate.contiguous(), up.contiguous(), kind)
     return reference.gated(gate, up, kind)
 
 
@@ -78,7 +80,7 @@ def _gated_fake(gate: Tensor, up: Tensor, kind: int) -> Tensor:
 def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     _check_gated(gate, up, kind)
     if runs_native(gate):
-        return native.gated_backward(grad.contiguous(), gate.contiguous(), up.contiguous(), kind)
+        return native_elementwise.gated_backward(grad.contiguous(), gate.contiguous(), up.contiguous(), kind)
     return reference.gated_backward(grad, gate, up, kind)
 
 

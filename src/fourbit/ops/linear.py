@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import QuantizationError
-from fourbit.kernels import native
+from fourbit.kernels import codec as native_codec
 from fourbit.kernels.product import Packed, has_product, product_grad
 from fourbit.kernels.product import product as native_product
 from fourbit.ops.codec import check_float, check_parts, restored
@@ -76,7 +76,7 @@ def _linear(
     in_features = x.shape[-1]
     rows = x.reshape(x.shape[:-1].numel(), in_features)
     if 0 < rows.shape[0] <= FEW_ROWS and runs_native(x):
-        y = native.linear_4bit(
+        y = native_codec.linear_4bit(
             rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
         )
     elif multiplies_panels(rows, out_features * in_features):

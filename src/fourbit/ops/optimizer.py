@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fourbit import reference
-from fourbit.kernels import native
+from fourbit.kernels import optimizer as native_optimizer
 from fourbit.ops.library import runs_native
 
 
 def adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, coefficients: Tensor) -> None:
     """See `reference.adamw`; all contiguous and fp32."""
-    step = native.adamw if runs_native(weight) else reference.adamw
+    step = native_optimizer.adamw if runs_native(weight) else reference.adamw
     step(weight, grad, mean, square, coefficients)
 
 
@@ -28,5 +28,5 @@ def adamw_8bit(
     coefficients: Tensor,
 ) -> None:
     """See `reference.adamw_8bit`; all contiguous."""
-    step = native.adamw_8bit if runs_native(weight) else reference.adamw_8bit
+    step = native_optimizer.adamw_8bit if runs_native(weight) else reference.adamw_8bit
     step(weight, grad, mean, mean_absmax, square, square_absmax, coefficients)

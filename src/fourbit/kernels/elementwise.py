@@ -1,0 +1,109 @@
+"""Native functions that go over activations once: dropout, RMSNorm, gated activations.
+
+Dropout gives the same bytes as `fourbit.reference`; the others sum and approximate in their own way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourbit.kernels.native import DTYPES, check, library
+from fourbit.kernels.pool import POOL
+
+
+def dropout(x: Tensor, row: Tensor, position: Tensor, layer: int, seed: int, step: int, p: float) -> Tensor:
+    """Drop elements of the contiguous x [T, K] with probability p and scale the kept ones.
+
+    row and position are int64 [T]; the mask is a function of them, the column, layer, seed and step
+    (see `reference.dropout_mask`), so calling this on the gradient is the backward pass.
+    """
+    y = POOL.empty(x.shape, x.dtype)
+    status = library().fb_dropout(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        row.contiguous().data_ptr(),
+        position.contiguous().data_ptr(),
+        layer,
+        seed,
+        step,
+        p,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status, "dropout")
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x weight / sqrt(mean(x^2) + eps) of the contiguous x [T, K] with weight fp32 [K].
+
+    Returns y in x's dtype, rounded once, and the factor of each row, fp32 [T], for backward.
+    """
+    y = POOL.empty(x.shape, x.dtype)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
+    status = library().fb_rms_norm(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        *x.shape,
+        weight.data_ptr(),
+        eps,
+        y.data_ptr(),
+        scale.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status, "rms_norm")
+    return y, scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The gradient in x; grad and x are contiguous, [T, K], of one dtype."""
+    grad_x = POOL.empty(x.shape, x.dtype)
+    status = library().fb_rms_norm_grad(
+        grad.data_ptr(),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        *x.shape,
+        weight.data_ptr(),
+        scale.data_ptr(),
+        grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status, "rms_norm_backward")
+    return grad_x
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """activation(gate) * up of contiguous tensors of one shape and dtype; kind as in csrc/fourbit.h."""
+    out = POOL.empty(gate.shape, gate.dtype)
+    status = library().fb_gated(
+        gate.data_ptr(),
+        up.data_ptr(),
+        DTYPES[gate.dtype],
+        gate.numel(),
+        kind,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status, "gated")
+    return out
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """The gradients in gate and up."""
+    grad_gate, grad_up = POOL.empty(gate.shape, gate.dtype), POOL.empty(up.shape, up.dtype)
+    status = library().fb_gated_grad(
+        grad.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        DTYPES[gate.dtype],
+        gate.numel(),
+        kind,
+        grad_gate.data_ptr(),
+        grad_up.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status, "gated_backward")
+    return grad_gate, grad_up
