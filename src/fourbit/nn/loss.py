@@ -24,6 +24,7 @@ from fourbit.kernels.native import DTYPES
 from fourbit.memory.tracker import has_values
 from fourbit.nn.fused import runs_own_code
 from fourbit.ops.library import runs_native
+from fourbit.ops.loss import cross_entropy
 from fourbit.shapes import with_rounded_rows
 
 IGNORED = -100
@@ -197,9 +198,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.numel(), rows):
             chunk = slice(start, start + rows)
             taken = hidden[chunk]
-            logits = (with_rounded_rows(taken) @ matrix.t())[: taken.shape[0]].float()  # [rows, V]
-            loss, grad_logits = _loss_and_gradient(
-                logits, labels[chunk], scale, softcap, need_hidden or need_weight
+            loss, grad_logits = cross_entropy(
+                (with_rounded_rows(taken) @ matrix.t())[: taken.shape[0]],  # [rows, V], held by nobody here
+                labels[chunk],
+                scale,
+                softcap,
+                need_hidden or need_weight,
             )
             total += loss
             if grad_logits is None:
@@ -221,27 +225,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
-
-
-def _loss_and_gradient(
-    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, need_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sum of losses, and its gradient with respect to the raw logits; overwrites the logits."""
-    if scale != 1.0:
-        logits *= scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    log_normalizer = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(1, labels[:, None]).squeeze(1)
-    loss = (log_normalizer - picked).sum()
-    if not need_gradient:
-        return loss, None
-    slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
-    gradient = logits.sub_(log_normalizer[:, None]).exp_()
-    gradient[torch.arange(labels.numel(), device=labels.device), labels] -= 1
-    if slope is not None:
-        gradient *= slope
-    return loss, gradient.mul_(scale) if scale != 1.0 else gradient
 
 
 def _module_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from fourbit import reference
 from fourbit.codebooks import check_block_size, thresholds
 from fourbit.errors import QuantizationError
 from fourbit.kernels import codec as native_codec
-from fourbit.ops.library import define, runs_native
+from fourbit.ops.library import define, runs_native, runs_triton
 from fourbit.ops.workspace import allocate, workspace
 from fourbit.tensor import NESTED_BLOCK_SIZE
 
@@ -62,6 +62,11 @@ def _quantize(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Ten
     if runs_native(w):
         codes = allocate(((w.numel() + 1) // 2,), torch.uint8, w.device)
         return codes, native_codec.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
+    if runs_triton(w):
+        from fourbit.kernels.gpu import codec as gpu_codec
+
+        codes = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
+        return codes, gpu_codec.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
     return reference.quantize_4bit(w, codebook, block_size)
 
 
@@ -97,6 +102,10 @@ def restore_into(
     check_float(out.dtype, "the wanted dtype")
     if runs_native(codes):
         native_codec.dequantize_4bit(codes, absmax, nested, offset, codebook, block_size, out)
+    elif runs_triton(codes):
+        from fourbit.kernels.gpu import codec as gpu_codec
+
+        gpu_codec.dequantize_4bit(codes, absmax, nested, offset, codebook, block_size, out)
     else:
         scales = absmax if nested is None or offset is None else _dequantize_absmax(absmax, nested, offset)
         out.copy_(reference.dequantize_4bit(codes, scales, out.shape, codebook, block_size, out.dtype))

@@ -14,7 +14,7 @@ from fourbit import reference
 from fourbit.errors import QuantizationError
 from fourbit.kernels import elementwise as native_elementwise
 from fourbit.ops.codec import check_float
-from fourbit.ops.library import LIBRARY, define, runs_native
+from fourbit.ops.library import LIBRARY, define, runs_native, runs_triton
 
 
 def _check(x: Tensor, p: float, rows: Tensor, positions: Tensor) -> None:
@@ -35,6 +35,10 @@ def _dropout(
     _check(x, p, rows, positions)
     if runs_native(x):
         return native_elementwise.dropout(x.contiguous(), rows, positions, layer, seed, step, p)
+    if runs_triton(x):
+        from fourbit.kernels.gpu import dropout as gpu_dropout
+
+        return gpu_dropout.dropout(x.contiguous(), rows, positions, layer, seed, step, p)
     return reference.keyed_dropout(x, p, rows, positions, layer, seed, step)
 
 

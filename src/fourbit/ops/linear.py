@@ -2,8 +2,8 @@
 
     y = x @ W.T + bias        dL/dx = dL/dy @ W        W restored from 4 bits, never differentiated
 
-Few rows on a CPU are multiplied with the packed weight as it lies in memory: such a product is bound by
-reading the weight, which is a quarter the size. Many rows meet panels of W restored in the cache, with
+Few rows are multiplied with the packed weight as it lies in memory: such a product is bound by reading the
+weight, which is a quarter the size. Many rows meet panels of W restored in the cache, with
 instruction sets and dtypes that have such a product; else W is restored once into the workspace and the
 product left to torch. Nothing but the packed parts is kept for backward.
 """
@@ -20,11 +20,13 @@ from fourbit.kernels import codec as native_codec
 from fourbit.kernels.product import Packed, has_product, product_grad
 from fourbit.kernels.product import product as native_product
 from fourbit.ops.codec import check_float, check_parts, restored
-from fourbit.ops.library import LIBRARY, define, runs_native
+from fourbit.ops.library import LIBRARY, define, runs_native, runs_triton
 from fourbit.shapes import with_rounded_rows
 
 #: Up to this many rows, native code multiplies with the packed weight.
 FEW_ROWS = 16
+#: Up to this many, Triton's kernels do.
+FEW_ROWS_GPU = 64
 
 _PRODUCTS = (torch.float32, torch.bfloat16)
 
@@ -82,6 +84,12 @@ def _linear(
     elif multiplies_panels(rows, out_features * in_features):
         weight = _packed(out_features, in_features, codes, absmax, nested, offset, codebook, block_size)
         y, _ = native_product(rows.contiguous(), weight, bias)
+    elif runs_triton(x) and 0 < rows.shape[0] <= FEW_ROWS_GPU and in_features % 2 == 0 and out_features:
+        from fourbit.kernels.gpu import product as gpu_product
+
+        y = gpu_product.linear_4bit(
+            rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
+        )
     else:
         shape = (out_features, in_features)
         dense = restored(shape, x.dtype, codes, absmax, nested, offset, codebook, block_size)

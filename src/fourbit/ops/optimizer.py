@@ -1,32 +1,44 @@
-"""One step of AdamW on a run of weights, by native code or the reference: the same bytes.
+"""One step of AdamW on runs of weights, by native code, Triton or the reference: the same bytes.
 
 Plain functions and no operators of torch.library: optimizers are not traced.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 from torch import Tensor
 
 from fourbit import reference
 from fourbit.kernels import optimizer as native_optimizer
-from fourbit.ops.library import runs_native
+from fourbit.ops.library import runs_native, runs_triton
+
+#: What a step is taken on; all contiguous.
+Piece = tuple[Tensor, ...]
 
 
-def adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, coefficients: Tensor) -> None:
-    """See `reference.adamw`; all contiguous and fp32."""
-    step = native_optimizer.adamw if runs_native(weight) else reference.adamw
-    step(weight, grad, mean, square, coefficients)
+def adamw(pieces: Sequence[Piece]) -> None:
+    """(weight, grad, mean, square, coefficients) of each piece: see `reference.adamw`."""
+    if runs_triton(pieces[0][0]):
+        from fourbit.kernels.gpu import optimizer as gpu_optimizer
+
+        gpu_optimizer.adamw(pieces)
+    else:
+        for piece in pieces:
+            _one_by_one(piece).adamw(*piece)
 
 
-def adamw_8bit(
-    weight: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    mean_absmax: Tensor,
-    square: Tensor,
-    square_absmax: Tensor,
-    coefficients: Tensor,
-) -> None:
-    """See `reference.adamw_8bit`; all contiguous."""
-    step = native_optimizer.adamw_8bit if runs_native(weight) else reference.adamw_8bit
-    step(weight, grad, mean, mean_absmax, square, square_absmax, coefficients)
+def adamw_8bit(pieces: Sequence[Piece]) -> None:
+    """(weight, grad, mean, mean_absmax, square, square_absmax, coefficients): see `reference.adamw_8bit`."""
+    if runs_triton(pieces[0][0]):
+        from fourbit.kernels.gpu import optimizer as gpu_optimizer
+
+        gpu_optimizer.adamw_8bit(pieces)
+    else:
+        for piece in pieces:
+            _one_by_one(piece).adamw_8bit(*piece)
+
+
+def _one_by_one(piece: Piece) -> ModuleType:
+    return native_optimizer if runs_native(piece[0]) else reference

@@ -114,22 +114,26 @@ class PagedAdamW(torch.optim.Optimizer):
             if any(segment.parameter in coefficients for segment in page)
         }
         for number, page in self.pages.sweep(wanted, write=True):
-            for segment in self._layout[number]:
-                if segment.parameter in coefficients:
-                    self._update(segment, page, coefficients[segment.parameter])
+            self._update([s for s in self._layout[number] if s.parameter in coefficients], page, coefficients)
         return loss
 
-    def _update(self, segment: _Segment, page: Tensor, coefficients: Tensor) -> None:
-        parameter = segment.parameter
-        assert parameter.grad is not None
-        weight = parameter.view(-1)[segment.start : segment.end]
-        grad = parameter.grad.contiguous().view(-1)[segment.start : segment.end]
-        states = self._states(segment, page)
-        step: Callable[..., None] = ops.adamw if self._bits == 32 else ops.adamw_8bit
-        exact = weight.float()  # itself where it is fp32
-        step(exact, grad.float(), *states.values(), coefficients)
-        if exact is not weight:
-            weight.copy_(exact)
+    def _update(
+        self, segments: list[_Segment], page: Tensor, coefficients: dict[nn.Parameter, Tensor]
+    ) -> None:
+        weights, pieces = [], []
+        for segment in segments:
+            parameter = segment.parameter
+            assert parameter.grad is not None
+            weight = parameter.view(-1)[segment.start : segment.end]
+            grad = parameter.grad.contiguous().view(-1)[segment.start : segment.end]
+            states = self._states(segment, page).values()
+            weights.append(weight)
+            # An fp32 tensor's float() is itself.
+            pieces.append((weight.float(), grad.float(), *states, coefficients[parameter]))
+        (ops.adamw if self._bits == 32 else ops.adamw_8bit)(pieces)
+        for weight, piece in zip(weights, pieces, strict=True):
+            if piece[0] is not weight:
+                weight.copy_(piece[0])
 
     def _states(self, segment: _Segment, page: Tensor) -> dict[str, Tensor]:
         """The states of a segment by name, as views of its page."""
