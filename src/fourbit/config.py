@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from fourbit.defaults import LOSS_CHUNK
 from fourbit.errors import nearest
 
 QuantType = Literal["nf4", "fp4", "int4", "none"]
@@ -246,7 +247,7 @@ class TrainSettings(_Settings):
         description="on a CPU, compute with fourbit's attention, norms and gated MLPs; false: transformers'",
     )
     loss_chunk: int = Field(
-        default=24,
+        default=LOSS_CHUNK,
         ge=1,
         description="MiB of logits formed at once in the loss; changes memory and speed only",
     )

@@ -155,3 +155,34 @@ class _Quantize(ConversionOps):
             raise
         packed = Linear4bit.from_quantized(q).named_parameters()
         return {f"{name.removesuffix('weight')}{leaf}": parameter for leaf, parameter in packed}
+
+
+def pack_skeleton(
+    model: PreTrainedModel, names: set[str], quant_type: str, block: int, double: bool, dtype: torch.dtype
+) -> None:
+    """Make the weights of these names, of a model on the meta device, packed ones; nothing is quantized.
+
+    dtype  of products
+    """
+    left = [name for name in linear_names(model, []) if f"{name}.weight" not in names]
+    quantizer = FourBitQuantizer(
+        FourBitConfig(quant_type, block, double, compute_dtype=dtype, modules_to_not_convert=left)
+    )
+    quantizer.pre_quantized = True  # packed parameters at once: no weights will arrive to be quantized
+    quantizer._process_model_before_weight_loading(model)
+
+
+def fill_randomly(model: nn.Module) -> None:
+    """Give a model with undefined weights random ones, of a usual size: others may take other times."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0.0, 0.02) if tensor.ndim > 1 else tensor.fill_(1.0)
+            elif tensor.dtype == torch.uint8:
+                tensor.random_(0, 256)
+            else:
+                tensor.zero_()
+        for layer in model.modules():
+            if isinstance(layer, Linear4bit):
+                scales = layer.weight_absmax if layer.weight_consts is None else layer.weight_consts
+                scales.view(torch.float32).fill_(0.02)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fourbit.config import TrainSettings
+from fourbit.defaults import LOSS_CHUNK
 from fourbit.kernels.decode import MOST_DENSE, dense
 from fourbit.kernels.native import DTYPES
 from fourbit.memory.tracker import has_values
@@ -28,8 +28,6 @@ from fourbit.ops.loss import cross_entropy
 from fourbit.shapes import with_rounded_rows
 
 IGNORED = -100
-#: MiB of fp32 logits that are formed at once where nothing else is asked for.
-_CHUNK: int = TrainSettings.model_fields["loss_chunk"].default
 
 
 class HasLabels(Protocol):
@@ -83,7 +81,7 @@ class Head:
         return type(self.module) is nn.Linear
 
 
-def causal_lm_loss(model: nn.Module, batch: HasLabels, chunk: int = _CHUNK) -> tuple[Tensor, int]:
+def causal_lm_loss(model: nn.Module, batch: HasLabels, chunk: int = LOSS_CHUNK) -> tuple[Tensor, int]:
     """Sum of next-token losses over the labelled positions of a batch, and their number.
 
     model: a transformers causal LM or a PEFT model around one. chunk: MiB of logits formed at once.
@@ -100,7 +98,7 @@ def row_losses(model: nn.Module, batch: HasLabels) -> tuple[list[float], list[in
         taken, labels = hidden[:, :-1][wanted], targets[wanted]
         if labels.numel() == 0:
             return [0.0] * wanted.shape[0], [0] * wanted.shape[0]
-        rows_at_once = _chunk_rows(_vocabulary(head.module), _CHUNK)
+        rows_at_once = _chunk_rows(_vocabulary(head.module), LOSS_CHUNK)
         losses = [
             F.cross_entropy(head.logits(part).float(), wished, reduction="none").double()
             for part, wished in zip(taken.split(rows_at_once), labels.split(rows_at_once), strict=True)
@@ -111,7 +109,7 @@ def row_losses(model: nn.Module, batch: HasLabels) -> tuple[list[float], list[in
     return sums.tolist(), wanted.sum(dim=1).tolist()
 
 
-def head_loss(hidden: Tensor, head: Head, labels: Tensor, chunk: int = _CHUNK) -> tuple[Tensor, int]:
+def head_loss(hidden: Tensor, head: Head, labels: Tensor, chunk: int = LOSS_CHUNK) -> tuple[Tensor, int]:
     """Sum of losses of hidden [T, H] against labels [T], none of which is -100, and T."""
     if labels.numel() == 0:
         return hidden.sum() * 0.0, 0
@@ -146,7 +144,7 @@ def _summed(
     labels: Tensor,
     scale: float,
     softcap: float | None,
-    chunk: int = _CHUNK,
+    chunk: int = LOSS_CHUNK,
 ) -> Tensor:
     rows = _chunk_rows(weight.shape[0], chunk)
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, scale, softcap, rows)  # type: ignore[no-untyped-call]

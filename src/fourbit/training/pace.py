@@ -29,10 +29,10 @@ from fourbit.memory.measure import release_free_memory
 from fourbit.model.adapters import key_source
 from fourbit.model.base import locate, read_config
 from fourbit.model.compute import choose_compute_dtype
+from fourbit.model.quantizer import fill_randomly
 from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.decoder import layer_list
 from fourbit.nn.fused import fuse
-from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import causal_lm_loss, split_model
 from fourbit.training.loop import steps_in_run, train_mode
 from fourbit.training.rehearse import failing_clearly
@@ -141,7 +141,7 @@ def step_seconds(config: RunConfig) -> float:
     place = locate(config.model.path, config.model.revision)
     whole = read_config(place, place.is_file(), config.model.trust_remote_code)
     model: Any = run_skeleton(config, dtype, _LAYERS)
-    _fill(model.to_empty(device="cpu"))
+    fill_randomly(model.to_empty(device="cpu"))
     if settings.fused and native.available():
         use_tiled_attention(transformers_model(model))
         fuse(transformers_model(model))
@@ -151,22 +151,6 @@ def step_seconds(config: RunConfig) -> float:
     within = (lambda: torch.autocast("cpu", dtype)) if mixed else nullcontext
     depth = int(whole.get_text_config().num_hidden_layers)
     return measure_pace(model, settings, rows, within, depth).step(settings, rows)
-
-
-def _fill(model: nn.Module) -> None:
-    """Numbers of an ordinary size: others, such as those next to zero, may take other times."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(0.0, 0.02) if tensor.ndim > 1 else tensor.fill_(1.0)
-            elif tensor.dtype == torch.uint8:
-                tensor.random_(0, 256)
-            else:
-                tensor.zero_()
-        for layer in model.modules():
-            if isinstance(layer, Linear4bit):
-                scales = layer.weight_absmax if layer.weight_consts is None else layer.weight_consts
-                scales.view(torch.float32).fill_(0.02)
 
 
 def _seconds(model: Any, depth: int, call: Callable[[], None]) -> float:

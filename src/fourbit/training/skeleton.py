@@ -18,7 +18,7 @@ from fourbit.model.base import (
     read_config,
 )
 from fourbit.model.formats import bnb, hf
-from fourbit.model.quantizer import FourBitConfig, FourBitQuantizer, linear_names
+from fourbit.model.quantizer import pack_skeleton
 
 
 def run_skeleton(
@@ -47,20 +47,13 @@ def run_skeleton(
         model: Any = make_skeleton(place, found, settings.trust_remote_code, kept)
         if scheme is not None:
             packed = {f"{name}.weight" for name in scheme.quantized}
-            _pack(model, packed, scheme.quant_type, scheme.block_size, scheme.double_quant, dtype)
+            pack_skeleton(model, packed, scheme.quant_type, scheme.block_size, scheme.double_quant, dtype)
         elif settings.quant_type != "none":
             names = quantized_weights(model)
-            _pack(model, names, settings.quant_type, settings.block_size, settings.double_quant, dtype)
+            pack_skeleton(
+                model, names, settings.quant_type, settings.block_size, settings.double_quant, dtype
+            )
         model.requires_grad_(full)
         if config.lora is None:
             return model
         return add_lora(model, **config.lora.model_dump(), seed=config.train.seed)
-
-
-def _pack(model: Any, names: set[str], quant_type: str, block: int, double: bool, dtype: torch.dtype) -> None:
-    left = [name for name in linear_names(model, []) if f"{name}.weight" not in names]
-    quantizer = FourBitQuantizer(
-        FourBitConfig(quant_type, block, double, compute_dtype=dtype, modules_to_not_convert=left)
-    )
-    quantizer.pre_quantized = True  # packed parameters at once: no weights will arrive to be quantized
-    quantizer._process_model_before_weight_loading(model)
