@@ -61,6 +61,7 @@ class State:
     settings       sections model, lora, data and train of the run's settings
     identity       what the run is made of (training.identity)
     relief         settings that were changed because memory had run out
+    loss_scale     state of the factor on the loss
     """
 
     progress: Progress
@@ -69,6 +70,7 @@ class State:
     settings: dict[str, Any]
     identity: dict[str, Any]
     relief: dict[str, Any] = field(default_factory=dict)
+    loss_scale: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from fourbit.training.metrics import MetricsWriter
 from fourbit.training.progress import ProgressLine, StepView
 from fourbit.training.relief import OutOfMemory, next_relief, reason_of, relieve
 from fourbit.training.repeatable import repeatable, seed_micro_batch
+from fourbit.training.scaling import LossScale
 from fourbit.training.schedule import learning_rate
 
 
@@ -105,17 +106,19 @@ def run_loop(
         folder=work.folder,
     )
     progress, guard = checkpoint.Progress(), Guard()
+    scale = LossScale(work.autocast_dtype or base.dtype)
     relief: dict[str, Any] = {}
     if resume_from is not None:
         checkpoint.restore(resume_from, model, optimizer)
-        progress, guard = resume_from.state.progress, Guard(resume_from.state.guard)
-        relief = resume_from.state.relief
+        state = resume_from.state
+        progress, guard, relief = state.progress, Guard(state.guard), state.relief
+        scale = LossScale(work.autocast_dtype or base.dtype, state.loss_scale)
     first_step, first_tokens = progress.step, progress.tokens
 
     def save() -> None:
         # Metrics first: a checkpoint on the disk must find there all lines that came before it.
-        size = metrics.sync()
-        state = checkpoint.State(progress, guard.state(), size, record.settings, record.identity, relief)
+        made_of = metrics.sync(), record.settings, record.identity
+        state = checkpoint.State(progress, guard.state(), *made_of, relief, scale.state())
         checkpoint.save(work.folder, model, optimizer, state, settings.keep_checkpoints)
 
     def go_on_with(changes: dict[str, Any], why: str) -> Work:
@@ -143,7 +146,9 @@ def run_loop(
             step_began = time.monotonic()
             while True:
                 try:
-                    taken = _optimizer_step(work, optimizer, parameters, guard, step, rows, rate, interrupted)
+                    taken = _optimizer_step(
+                        work, optimizer, parameters, guard, scale, step, rows, rate, interrupted
+                    )
                     break
                 except OutOfMemory as error:
                     why = f"step {step + 1}: {error}"
@@ -230,6 +235,7 @@ def _optimizer_step(
     optimizer: PagedAdamW,
     parameters: list[nn.Parameter],
     guard: Guard,
+    scale: LossScale,
     step: int,
     rows: list[int],
     rate: float,
@@ -240,20 +246,28 @@ def _optimizer_step(
     None after an interrupt between two micro-batches: the step is given up and has changed nothing, since
     who sends SIGTERM may not wait for the end of a long step. Raises OutOfMemory, likewise.
     """
-    loss: float | None = None
-    shortage = None
-    try:
-        loss = _add_gradients(work, step, rows, interrupted)
-    except (RuntimeError, MemoryError) as error:
-        shortage = reason_of(error)
-        if shortage is None:
-            raise
-    if shortage is not None:  # raised here, since the error above holds on to the tensors of its frames
-        raise OutOfMemory(shortage)
-    if loss is None:
+    while True:
+        loss: float | None = None
+        shortage = None
+        try:
+            loss = _add_gradients(work, step, rows, scale.factor, interrupted)
+        except (RuntimeError, MemoryError) as error:
+            shortage = reason_of(error)
+            if shortage is None:
+                raise
+        if shortage is not None:  # raised here, since the error above holds on to the tensors of its frames
+            raise OutOfMemory(shortage)
+        if loss is None:
+            optimizer.zero_grad(set_to_none=True)
+            return None
+        scale.take_off(parameters)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, work.settings.max_grad_norm).item()
+        if math.isfinite(grad_norm):
+            scale.count()
+            break
+        if not math.isfinite(loss) or not scale.lower():
+            break
         optimizer.zero_grad(set_to_none=True)
-        return None
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, work.settings.max_grad_norm).item()
     apply, warning = guard.check(step, loss, grad_norm, [work.train[row].source for row in rows])
     if apply:
         for group in optimizer.param_groups:
@@ -263,8 +277,10 @@ def _optimizer_step(
     return loss, grad_norm, sum(length_of(work.train, row) for row in rows), warning
 
 
-def _add_gradients(work: Work, step: int, rows: list[int], interrupted: Callable[[], bool]) -> float | None:
-    """Mean loss per labelled token, its gradients left in the weights; None after an interrupt."""
+def _add_gradients(
+    work: Work, step: int, rows: list[int], factor: float, interrupted: Callable[[], bool]
+) -> float | None:
+    """Mean loss per labelled token, its gradients times a factor left in the weights; None: interrupted."""
     # Position 0 predicts nothing before it, so a label there carries no loss.
     labelled = max(1, sum(sum(work.train[row].trained[1:]) for row in rows))
     keys = key_source(work.model)
@@ -277,7 +293,7 @@ def _add_gradients(work: Work, step: int, rows: list[int], interrupted: Callable
             keys.set(work.settings.seed, step, batch.rows, batch.position_ids)
         with autocast(work):
             loss_sum, _ = causal_lm_loss(work.model, batch, work.settings.loss_chunk)
-        (loss_sum / labelled).backward()
+        (loss_sum / labelled * factor).backward()
         loss += loss_sum.item() / labelled
     if keys is not None:
         keys.clear()
