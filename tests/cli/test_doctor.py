@@ -10,6 +10,7 @@ import torch
 from fourbit.cli.main import main
 from fourbit.diagnose import Fact, Finding, Problem, machine, software
 from fourbit.kernels import native
+from fourbit.ops import library
 
 
 def test_facts_one_line_each_and_problems_last(monkeypatch, capsys):
@@ -106,6 +107,20 @@ def test_a_library_that_does_not_load_is_a_problem(monkeypatch):
     monkeypatch.setattr(native, "load_error", lambda: "no fourbit_native library in there")
     (problem,) = software.check_native().problems
     assert problem.what == "the native library is not there: no fourbit_native library in there"
+
+
+def test_triton_is_tried_on_each_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    reasons = {0: None, 1: "its codes are not the reference's"}
+    monkeypatch.setattr(library, "triton_error", lambda device: reasons[device.index])
+    finding = software.check_triton()
+    assert [(fact.name, fact.value) for fact in finding.facts] == [
+        ("Triton on cuda:0", True),
+        ("Triton on cuda:1", False),
+    ]
+    (problem,) = finding.problems
+    assert problem.what == "Triton's kernels do not work on cuda:1: its codes are not the reference's"
 
 
 def test_two_openmp_runtimes_are_named(monkeypatch):

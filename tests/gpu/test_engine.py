@@ -152,4 +152,4 @@ def test_kernels_that_are_wrong_are_not_used(engine: Any, monkeypatch: pytest.Mo
     right = codec.quantize_4bit
     monkeypatch.setattr(codec, "quantize_4bit", lambda *args: right(*args) * 1.0001)
     engine(True)
-    assert library._triton_error(DEVICE) == "its codes are not the reference's"
+    assert library.triton_error(DEVICE) == "its codes are not the reference's"

@@ -10,7 +10,13 @@ from collections.abc import Callable
 
 from fourbit.diagnose.finding import Fact, Finding, Problem
 from fourbit.diagnose.machine import check_cards, check_cores, check_memory, check_python
-from fourbit.diagnose.software import check_compute, check_native, check_packages, check_torch
+from fourbit.diagnose.software import (
+    check_compute,
+    check_native,
+    check_packages,
+    check_torch,
+    check_triton,
+)
 
 __all__ = ["Fact", "Finding", "Problem", "diagnose"]
 
@@ -22,6 +28,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     check_packages,
     check_torch,
     check_native,
+    check_triton,
     check_compute,
 )
 

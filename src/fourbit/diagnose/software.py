@@ -89,6 +89,26 @@ def check_native() -> Finding:
     return Finding((fact, *_openmp_facts(native.openmp_runtimes())))
 
 
+def check_triton() -> Finding:
+    """Whether Triton's kernels work on the cards that torch sees, by trying one on each."""
+    torch, _ = _import_torch()
+    if torch is None or not torch.cuda.is_available():
+        return Finding()
+    from fourbit.ops.library import triton_error
+
+    facts, problems = [], []
+    for index in range(torch.cuda.device_count()):
+        reason = triton_error(torch.device("cuda", index))
+        name = f"Triton on cuda:{index}"
+        if reason is None:
+            facts.append(Fact(name, "works: quantizing gave the reference's bytes", True))
+        else:
+            facts.append(Fact(name, "not used: the reference runs instead, in plain torch, slower", False))
+            what = f"Triton's kernels do not work on cuda:{index}: {reason}"
+            problems.append(Problem(what, "install the Triton that this torch asks for: `pip show torch`"))
+    return Finding(tuple(facts), tuple(problems))
+
+
 def check_compute() -> Finding:
     """The dtype that `compute_dtype: auto` takes here, by the measurement that training makes too."""
     torch, _ = _import_torch()

@@ -53,13 +53,14 @@ def runs_triton(tensor: Tensor) -> bool:
 @cache
 def _triton_works(device: torch.device) -> bool:
     """Whether kernels compile for this card and give the reference's bytes: a small tensor is tried."""
-    reason = _triton_error(device)
+    reason = triton_error(device)
     if reason is not None:
         _notice(f"Triton is not used on {device}", reason)
     return reason is None
 
 
-def _triton_error(device: torch.device) -> str | None:
+def triton_error(device: torch.device) -> str | None:
+    """Why Triton's kernels are not used on a device, or None: a small tensor is quantized and compared."""
     try:
         from fourbit.kernels.gpu import codec
     except ImportError as error:
