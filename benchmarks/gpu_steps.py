@@ -22,8 +22,14 @@ SHAPES = {
     "tiny": ((64, 128, 2, 4, 2, 259), (2, 16)),
 }
 RANK, RATE = 16, 2e-4
-#: Shape, rank, bits of the optimizer's states (8: paged, none on the card), and the cap in GB.
-CAPS = (("7B", 16, 32, 8), ("13B", 16, 32, 12), ("33B", 16, 32, 24), ("65B", 64, 8, 48))
+#: Shape, rank, bits of the optimizer's states (8: paged, none on the card), the cap in GB, where weights are.
+CAPS = (
+    ("7B", 16, 32, 8, "device"),
+    ("13B", 16, 32, 12, "device"),
+    ("33B", 16, 32, 24, "device"),
+    ("65B", 64, 8, 48, "device"),
+    ("65B", 64, 8, 24, "host"),
+)
 
 
 def steps(tiny: bool) -> list[Callable[[], Row]]:
@@ -35,10 +41,13 @@ def steps(tiny: bool) -> list[Callable[[], Row]]:
 
 
 def memory(tiny: bool) -> list[Callable[[], Row]]:
-    caps = [("tiny", 4, 8, 1)] if tiny else CAPS
+    caps = [("tiny", 4, 8, 1, where) for where in ("device", "host")] if tiny else CAPS
     return [
         named("paged states against unpaged", lambda: time_paging(tiny)),
-        *(named(f"{cap[0]}, r = {cap[1]}, under {cap[3]} GB", lambda cap=cap: capped(*cap)) for cap in caps),
+        *(
+            named(f"{cap[0]}, r = {cap[1]}, {cap[3]} GB, weights on {cap[4]}", lambda cap=cap: capped(*cap))
+            for cap in caps
+        ),
     ]
 
 
@@ -58,20 +67,21 @@ def compare(name: str, again: bool) -> Row:
     }
 
 
-def capped(name: str, rank: int, bits: int, cap: int) -> Row:
-    """Two steps with activation checkpointing, where the card gives no more than so many GB."""
+def capped(name: str, rank: int, bits: int, cap: int, weights: str) -> Row:
+    """Steps with activation checkpointing, where the card gives no more than so many GB."""
     peaks: dict[str, float] = {}
     if DEVICE.type == "cuda":
         total = torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / total), DEVICE)
     try:
         with peak_of(peaks, "all"):
-            step = stepper(name, "fourbit", True, rank, bits, 0 if bits == 8 else None)
-            losses = [step() for _ in range(2)]
+            step = stepper(name, "fourbit", True, rank, bits, 0 if bits == 8 else None, weights)
+            loss, taken = step(), seconds(step, 2)
+            del step
     finally:
         if DEVICE.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-    return {"peak_gb": peaks["all"], "finite": all(loss == loss for loss in losses)}
+    return {"peak_gb": peaks["all"], "step_s": taken, "finite": loss == loss}
 
 
 class peak_of:
@@ -96,18 +106,25 @@ class peak_of:
 
 
 def stepper(
-    name: str, side: str, again: bool, rank: int = RANK, bits: int = 32, states: int | None = None
+    name: str,
+    side: str,
+    again: bool,
+    rank: int = RANK,
+    bits: int = 32,
+    states: int | None = None,
+    weights: str = "device",
 ) -> Callable[[], float]:
     """A call that takes one step; both sides form the logits of a chunk of rows at a time.
 
     bits, states  of fourbit's optimizer, and the bytes of its states that stay on the card; None: all
+    weights       where fourbit's packed weights are: device or host
     """
     from fourbit.memory.activations import checkpoint_activations
     from fourbit.nn.loss import causal_lm_loss
     from fourbit.optim import PagedAdamW
 
     ours = side == "fourbit"
-    model = (fourbit_model if ours else stock_model)(name, rank)
+    model = fourbit_model(name, rank, weights) if ours else stock_model(name, rank)
     base = model.get_base_model()
     if again and ours:
         checkpoint_activations(base)
@@ -115,12 +132,12 @@ def stepper(
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     model.train()
-    weights = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any
     if ours:
-        optimizer = PagedAdamW(weights, RATE, bits=bits, memory=states)
+        optimizer = PagedAdamW(trained, RATE, bits=bits, memory=states)
     else:
-        optimizer = torch.optim.AdamW(weights, RATE, fused=DEVICE.type == "cuda")
+        optimizer = torch.optim.AdamW(trained, RATE, fused=DEVICE.type == "cuda")
     batch = Batch(*SHAPES[name][1], SHAPES[name][0][-1])
 
     def step() -> float:
@@ -162,19 +179,22 @@ def chunked_loss(head: Any, hidden: Tensor, labels: Tensor, rows: int = 512) -> 
     return total / labels.numel()
 
 
-def fourbit_model(name: str, rank: int) -> Any:
-    """Random packed weights, made on the card: no 16-bit copy is ever there."""
+def fourbit_model(name: str, rank: int, weights: str) -> Any:
+    """Random packed weights, made where they stay: no 16-bit copy is ever there."""
     from transformers import AutoModelForCausalLM
 
+    from fourbit.memory.stream import stream_from_host
     from fourbit.model.adapters import add_lora
     from fourbit.model.quantizer import fill_randomly, pack_skeleton
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(llama(name), dtype=HALF)
         pack_skeleton(model, {f"{path}.weight" for path in linear_layers(model)}, "nf4", 64, True, HALF)
-    model.to_empty(device=DEVICE)
+    model.to_empty(device=DEVICE if weights == "device" else "cpu")
     fill_randomly(model)
     model.requires_grad_(False)
+    if weights == "host":
+        stream_from_host(model, list(model.model.layers), DEVICE)
     return add_lora(model, r=rank, alpha=2 * rank, dropout=0.0, seed=0)
 
 

@@ -92,10 +92,11 @@ class ModelSettings(_Settings):
         description="dtype of matrix products; auto measures which of bfloat16 and float32 is faster",
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (cuda where there is one)")
-    weight_tier: Literal["device", "disk"] = Field(
+    weight_tier: Literal["device", "host", "disk"] = Field(
         default="device",
-        description="where packed weights stay: device; or disk, in the file of a 4-bit checkpoint, of "
-        "which one layer at a time is in memory (CPU); changes memory and speed only",
+        description="where packed weights stay: device; host, in memory beside a GPU, which holds those of "
+        "two layers at a time; or disk, in the file of a 4-bit checkpoint, of which one layer at a time is "
+        "in memory (CPU); changes memory and speed only",
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
@@ -350,8 +351,9 @@ class RunConfig(_Settings):
                 f"train.activation_tier: {self.train.activation_tier} is about what activation checkpointing "
                 "keeps and needs train.activation_checkpointing"
             )
-        if self.model.weight_tier == "disk" and not self.train.activation_checkpointing:
+        if self.model.weight_tier != "device" and not self.train.activation_checkpointing:
             raise ValueError(
-                "model.weight_tier: disk holds one layer at a time and needs train.activation_checkpointing"
+                f"model.weight_tier: {self.model.weight_tier} holds a layer or two at a time and needs "
+                "train.activation_checkpointing"
             )
         return self

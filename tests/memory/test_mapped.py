@@ -141,7 +141,7 @@ def test_all_codes_and_scales_stay_there(tmp_path: Path, double_quant: bool, sto
 def test_only_packed_weights_and_only_with_recomputation(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only those of a 4-bit checkpoint"):
         load(packed.parent / "plain")
-    with pytest.raises(ConfigError, match="weight_tier 'moon': must be device or disk"):
+    with pytest.raises(ConfigError, match="weight_tier 'moon': must be device, host or disk"):
         fourbit.load(packed, weight_tier="moon")
     with pytest.raises(ConfigError, match="holds one layer at a time"):
         fourbit.train(

@@ -62,7 +62,7 @@ def alternatives(
         time *= _SMALL_CHUNK if choice.loss_chunk < loss_chunk else 1
         time *= _PAGING if choice.optimizer_memory == 0 else 1
         time *= _WAITING if choice.activation_tier != "device" else 1
-        time *= _READING if choice.weight_tier == "disk" else 1
+        time *= _READING if choice.weight_tier != "device" else 1
         return time * (_COMPACTING if choice.compact_heap else 1)
 
     return sorted(found, key=cost)

@@ -49,7 +49,7 @@ class Choice:
     loss_chunk                MiB of logits formed at once
     compact_heap              whether freed memory goes back to the system at once (on a CPU)
     optimizer_memory          MiB of optimizer states that stay beside the weights; None: all
-    weight_tier               of the packed weights: device, or disk
+    weight_tier               of the packed weights: device, host or disk
     activation_tier           of what checkpointing keeps: device, host, or disk
     """
 
@@ -65,7 +65,8 @@ class Choice:
         recomputed = "with" if self.activation_checkpointing else "no"
         heap = ", compact heap" if self.compact_heap else ""
         paged = ", paged optimizer" if self.optimizer_memory is not None else ""
-        weights = ", weights on disk" if self.weight_tier == "disk" else ""
+        places = {"device": "", "host": ", weights in host memory", "disk": ", weights on disk"}
+        weights = places[self.weight_tier]
         inputs = f", activations on {self.activation_tier}" if self.activation_tier != "device" else ""
         micro_batch = f"micro_batch {self.micro_batch}, {recomputed} checkpointing"
         return f"{micro_batch}, loss_chunk {self.loss_chunk}{heap}{paged}{weights}{inputs}"

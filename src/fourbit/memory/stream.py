@@ -11,12 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fourbit.memory.host import HostStream
 from fourbit.memory.mapped import MappedFile, Span
+from fourbit.memory.visits import Visits
 
 _ATTRIBUTE = "fourbit_stream"
 
@@ -31,21 +33,18 @@ class LayerStream:
     bytes_read        by the thread, from the disk or the system's cache of it
     """
 
+    tier, device = "disk", torch.device("cpu")
+
     def __init__(self, layers: Sequence[nn.Module], files: Sequence[MappedFile]) -> None:
         self._files = files
         self._spans = [_merged(self._spans_of(layer.parameters())) for layer in layers]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fourbit-weights")
         self._ahead: dict[int, Future[None]] = {}
-        self._current = -1
         self.reading = self.waiting = 0.0
         self.bytes_read = 0
-        # Not of the layer itself: transformers' activation checkpointing recomputes what is inside its hooks.
-        self._hooks = [
-            module.register_forward_pre_hook(partial(self._enter, number))
-            for number, layer in enumerate(layers)
-            for module in layer.modules()
-            if self._spans_of(module.parameters(recurse=False))
-        ]
+        self._visits = Visits(
+            layers, lambda module: bool(self._spans_of(module.parameters(recurse=False))), self._enter
+        )
 
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Let go of the memory of those that are mapped."""
@@ -54,8 +53,7 @@ class LayerStream:
 
     def close(self, model: nn.Module) -> None:
         """Bring the mapped parameters of a model into memory for good, and stop streaming them."""
-        for hook in self._hooks:
-            hook.remove()
+        self._visits.end()
         self._reader.shutdown()
         for parameter in model.parameters():
             span = self._span(parameter)
@@ -69,32 +67,19 @@ class LayerStream:
     def _span(self, tensor: Tensor) -> Span | None:
         return next((span for file in self._files if (span := file.span(tensor))), None)
 
-    def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, number: int, before: int, following: int) -> None:
         """Before a layer computes: its weights are read, the next ones requested, the last ones let go."""
-        if number == self._current:
-            return
         mine = self._ahead.pop(number, None) or self._reader.submit(self._read, number)
         began = time.monotonic()
         mine.result()
         self.waiting += time.monotonic() - began
-        if self._current >= 0:
-            for span in self._spans[self._current]:
+        if before >= 0:
+            for span in self._spans[before]:
                 span.release()
-        following = self._following(number, module.training)
-        self._current = number
         for other in [key for key in self._ahead if key != following]:
             self._ahead.pop(other).cancel()
         if following not in self._ahead:
             self._ahead[following] = self._reader.submit(self._read, following)
-
-    def _following(self, number: int, training: bool) -> int:
-        """The layer that probably comes after this one."""
-        count = len(self._spans)
-        if not training:  # not by the mode of gradients: an autograd function that calls a layer has them off
-            return (number + 1) % count
-        # Layers are recomputed downwards from the last one; after the first one begins a new pass upwards.
-        down = number == count - 1 or 0 < number < self._current
-        return max(0, number - 1) if down else min(count - 1, number + 1)
 
     def _read(self, number: int) -> None:
         began = time.monotonic()
@@ -112,15 +97,28 @@ def stream_weights(model: Any, layers: Sequence[nn.Module], files: Sequence[Mapp
     return stream
 
 
-def stream_of(model: Any) -> LayerStream | None:
+def stream_from_host(model: Any, layers: Sequence[nn.Module], device: torch.device) -> HostStream:
+    """Stream a model's packed weights from host memory from now on; all else of it goes to the device."""
+    stream = HostStream(layers, device)
+    streamed = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in streamed or parameter.dtype != torch.uint8:
+            parameter.data = parameter.data.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    setattr(model, _ATTRIBUTE, stream)
+    return stream
+
+
+def stream_of(model: Any) -> LayerStream | HostStream | None:
     """The stream of a model, or of the base below an adapter; None where all weights are in memory."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found: LayerStream | None = getattr(base, _ATTRIBUTE, None)
+    found: LayerStream | HostStream | None = getattr(base, _ATTRIBUTE, None)
     return found
 
 
 def hold_weights(model: Any) -> None:
-    """Bring weights that were on the disk into memory for good, if there are any."""
+    """Bring weights that were elsewhere to where they compute for good, if there are any."""
     stream = stream_of(model)
     if stream is not None:
         stream.close(model)

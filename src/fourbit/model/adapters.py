@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fourbit.config import LoraSettings
 from fourbit.errors import ConfigError, ModelError, nearest
+from fourbit.memory.stream import stream_of
 from fourbit.model.adapter_check import check_adapter, check_complete
 from fourbit.nn.dropout import KeySource
 from fourbit.nn.linear import Linear4bit
@@ -160,6 +161,11 @@ def _fourbit_layers() -> Iterator[None]:
 
 def _wire(model: PeftModel) -> PeftModel:
     """Give all adapter layers one source of dropout keys, and each its own key from its name."""
+    stream = stream_of(model)
+    if stream is not None:  # PEFT puts adapters where the packed weights are
+        for parameter in model.parameters():
+            if parameter.dtype != torch.uint8:
+                parameter.data = parameter.data.to(stream.device)
     source = KeySource()
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLinear):

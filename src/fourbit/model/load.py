@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from fourbit.errors import ConfigError, ModelError
 from fourbit.memory.mapped import MappedFile
-from fourbit.memory.stream import stream_weights
+from fourbit.memory.stream import stream_from_host, stream_weights
 from fourbit.model import tokenizer as tokenizers
 from fourbit.model.base import (
     canonical_name,
@@ -96,8 +96,9 @@ def load(
     quant_type     "nf4", "fp4", "int4", or "none" for the 16-bit model; a 4-bit checkpoint keeps its own
     compute_dtype  "auto", "bfloat16", "float32", "float16": dtype of products and of what stays unquantized
 
-    weight_tier    "device", or "disk": the packed weights of a 4-bit checkpoint stay in its file, of which
-                   one layer is in memory at a time (CPU; training needs activation checkpointing)
+    weight_tier    "device"; "host": packed weights stay in memory beside a GPU, which holds two layers' at a
+                   time; or "disk": those of a 4-bit checkpoint stay in its file, of which one layer is in
+                   memory at a time (CPU). Training needs activation checkpointing with both.
 
     Weights are read one at a time: the peak is what stays plus one tensor in its stored precision.
     The model is in evaluation mode, frozen, and carries a LoadReport as `fourbit_report`.
@@ -111,8 +112,13 @@ def load(
     tokenizer = _read_tokenizer(source, trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
-    if weight_tier not in ("device", "disk"):
-        raise ConfigError(f"weight_tier '{weight_tier}': must be device or disk")
+    if weight_tier not in ("device", "host", "disk"):
+        raise ConfigError(f"weight_tier '{weight_tier}': must be device, host or disk")
+    if weight_tier == "host" and (target.type == "cpu" or (stored is None and quant_type == "none")):
+        raise ConfigError(
+            f"{os.fspath(path)}: only packed weights stay in host memory, and only beside a GPU; set "
+            "model.weight_tier to device"
+        )
     mapped: list[MappedFile] | None = [] if weight_tier == "disk" else None
     if mapped is not None and (stored is None or target.type != "cpu"):
         raise ConfigError(_DISK.format(path=os.fspath(path)))
@@ -123,17 +129,24 @@ def load(
         settings.compute_dtype = compute.dtype
         if stored is not None:  # what makes transformers take the packed tensors as they are
             config.quantization_config = settings.to_dict()
-    model = _build(source, config, tensors, settings, compute.dtype, target, trust_remote_code)
+    place = torch.device("cpu") if weight_tier == "host" else target
+    model = _build(source, config, tensors, settings, compute.dtype, place, trust_remote_code)
     check_model(model, str(source))
     tokenizers.fit_embeddings(model, tokenizer)
     model.requires_grad_(False)
     report = _report(os.fspath(path), model, settings, compute.reason)
     model.fourbit_report = report  # type: ignore[assignment]  # modules take any attribute
     if mapped:
-        decoder, _ = split_model(model)
-        owner, name = layer_list(decoder, model.config.get_text_config().num_hidden_layers)
-        stream_weights(model, list(getattr(owner, name)), mapped)
+        stream_weights(model, _layers(model), mapped)
+    elif weight_tier == "host":
+        stream_from_host(model, _layers(model), target)
     return model, tokenizer
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    decoder, _ = split_model(model)
+    owner, name = layer_list(decoder, model.config.get_text_config().num_hidden_layers)
+    return list(getattr(owner, name))
 
 
 def load_tokenizer(

@@ -51,7 +51,7 @@ class Budget:
     def loading(self, config: RunConfig) -> RunConfig:
         """The settings to load with: weights that may stay on the disk do, until the plan says where."""
         tiers = self._planner.tiers if self._memory is not None else (config.model.weight_tier,)
-        return config if "disk" not in tiers else _with_weights(config, "disk")
+        return _with_weights(config, tiers[-1])
 
     def plan(
         self, train: Sequence[Example], heldout: Sequence[Example], words: int, end_to_end: bool

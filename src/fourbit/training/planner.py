@@ -117,7 +117,11 @@ class Planner:
     def tiers(self) -> tuple[str, ...]:
         """Where the packed weights may be."""
         asked = self._config.model.weight_tier
-        return ("device", "disk") if asked == "device" and self._can_map else (asked,)
+        if asked != "device" or not self.weights.codes:
+            return (asked,)
+        if not self._target.on_cpu:
+            return ("device", "host")
+        return ("device", "disk") if self._can_map else (asked,)
 
     @property
     def activation_tiers(self) -> tuple[str, ...]:
@@ -208,8 +212,12 @@ class Planner:
                 Part("scales", weights.scales),
             ]
         every, depth = weights.codes + weights.scales, self._rehearsal.depth
-        detail = f"one layer of {depth}; {every / 1e6:,.0f} MB on the disk"
-        return [Part("packed weights", -(-every // depth), detail, tier="disk")]
+        if choice.weight_tier == "disk":
+            layers, text, where = 1, "one layer", "on the disk"
+        else:
+            layers, text, where = 2, "two layers", "in host memory"
+        detail = f"{text} of {depth}; {every / 1e6:,.0f} MB {where}"
+        return [Part("packed weights", -(-layers * every // depth), detail, tier=choice.weight_tier)]
 
     @property
     def _bits(self) -> int:

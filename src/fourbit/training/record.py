@@ -26,11 +26,12 @@ def held_as(model: nn.Module) -> dict[str, Any]:
         return {"quant_type": "none"}
     if packed.quant_type == "custom":
         return {}
+    stream = stream_of(model)
     return {
         "quant_type": packed.quant_type,
         "block_size": packed.block_size,
         "double_quant": packed.double_quant,
-        "weight_tier": "device" if stream_of(model) is None else "disk",
+        "weight_tier": "device" if stream is None else stream.tier,
     }
 
 
