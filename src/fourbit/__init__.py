@@ -19,7 +19,7 @@ _WHERE = {
     "merge": "fourbit.exporting.export",
     "export": "fourbit.exporting.export",
     "errors": "fourbit.errors",
-    "FourBitConfig": "fourbit.model.quantizer",
+    "FourBitConfig": "fourbit.integrations.transformers",
     "PagedAdamW": "fourbit.optim.adamw",
     "functional": "fourbit.functional",
 }

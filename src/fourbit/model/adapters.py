@@ -6,8 +6,9 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,18 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(n for trainable, n in counts if trainable), sum(n for _, n in counts)
 
 
-@contextmanager
-def _fourbit_layers() -> Iterator[None]:
-    """Within this block PEFT builds `LoraLinear` for every linear layer.
+@cache
+def register_layers() -> None:
+    """From now on PEFT builds `LoraLinear` for every packed layer, whoever asks it to.
 
-    PEFT keeps its table of custom layers on a config object and does not save it, so an adapter
-    loaded by PEFT alone would get a layer whose merge adds to packed bytes. Wrapping its last
-    dispatcher needs no table.
+    PEFT keeps its table of custom layers on a config object and does not save it, so an adapter loaded by
+    PEFT alone would get a layer that cannot merge. Wrapping its last dispatcher needs no table.
     """
-    original = peft_lora.dispatch_default
+    peft_lora.dispatch_default = _dispatcher(peft_lora.dispatch_default, lambda base: False)
+
+
+def _dispatcher(original: Callable[..., Any], also: Callable[[nn.Module], bool]) -> Callable[..., Any]:
+    """PEFT's way to the layer for a target, but ours for packed ones and others."""
 
     def dispatch(
         target: nn.Module,
@@ -143,11 +147,18 @@ def _fourbit_layers() -> Iterator[None]:
         **options: Any,
     ) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if parameter_name is None and (isinstance(base, Linear4bit) or type(base) is nn.Linear):
+        if parameter_name is None and (isinstance(base, Linear4bit) or also(base)):
             return LoraLinear(base, adapter_name, config=config, **options)
         return original(target, adapter_name, config, parameter_name, **options)
 
-    peft_lora.dispatch_default = dispatch
+    return dispatch
+
+
+@contextmanager
+def _fourbit_layers() -> Iterator[None]:
+    """Within this block PEFT builds `LoraLinear` for every linear layer."""
+    original = peft_lora.dispatch_default
+    peft_lora.dispatch_default = _dispatcher(original, lambda base: type(base) is nn.Linear)
     try:
         with warnings.catch_warnings():
             # PEFT asks transformers in words that transformers has deprecated since.

@@ -128,7 +128,7 @@ def load(
     if settings is not None:
         settings.compute_dtype = compute.dtype
         if stored is not None:  # what makes transformers take the packed tensors as they are
-            config.quantization_config = settings.to_dict()
+            config.quantization_config = settings.own_dict()
     place = torch.device("cpu") if weight_tier == "host" else target
     model = _build(source, config, tensors, settings, compute.dtype, place, trust_remote_code)
     check_model(model, str(source))
@@ -136,6 +136,10 @@ def load(
     model.requires_grad_(False)
     report = _report(os.fspath(path), model, settings, compute.reason)
     model.fourbit_report = report  # type: ignore[assignment]  # modules take any attribute
+    if "peft" in sys.modules:  # who has imported it may call it; it is slow to import for nothing
+        from fourbit.model.adapters import register_layers
+
+        register_layers()
     if mapped:
         stream_weights(model, _layers(model), mapped)
     elif weight_tier == "host":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
@@ -20,7 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fourbit import functional
 from fourbit.errors import FourBitError
+from fourbit.model.formats.bnb import bnb_config
 from fourbit.model.formats.lazy import OriginalTensor
+from fourbit.model.save import checkpoint_tensors
 from fourbit.nn.linear import Linear4bit
 
 
@@ -54,8 +56,16 @@ class FourBitConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         #: What stopped a conversion: transformers logs errors inside a load, and raises one without a reason.
         self._failure: FourBitError | None = None
+        self._saved_as: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: of bitsandbytes, whose bytes these are, where it has the type."""
+        if self._saved_as is not None:
+            return self._saved_as
+        return self.own_dict()
+
+    def own_dict(self) -> dict[str, Any]:
+        """These settings, under quant_method "fourbit"."""
         tree = {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
         if isinstance(self.compute_dtype, torch.dtype):
             tree["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
@@ -115,6 +125,19 @@ class FourBitQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What `save_pretrained` writes: a bitsandbytes checkpoint, which any transformers loads, as far as
+        there is such a type; INT4 stays under quant_method "fourbit".
+        """
+        config = self.quantization_config
+        if config.quant_type not in ("nf4", "fp4"):
+            return None, {}
+        skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        config._saved_as = bnb_config(config.quant_type, config.double_quant, model.dtype, skipped)
+        return checkpoint_tensors(model), {}
 
     def is_serializable(self) -> bool:
         return True

@@ -44,7 +44,7 @@ def save_quantized(
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        size = _write_shards(_collect(model, layers), target)
+        size = _write_shards(checkpoint_tensors(model), target)
         skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         config = model.config.to_dict()
         config["quantization_config"] = bnb_config(first.quant_type, first.double_quant, model.dtype, skipped)
@@ -60,8 +60,9 @@ def save_quantized(
     return size
 
 
-def _collect(model: PreTrainedModel, layers: dict[str, Linear4bit]) -> dict[str, Tensor]:
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every tensor under the name bitsandbytes and transformers expect; tied weights once."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     tensors: dict[str, Tensor] = {}
     packed = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "weight_absmax", "weight_consts")}
     tied = set(model.all_tied_weights_keys)

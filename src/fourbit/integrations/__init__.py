@@ -1,0 +1,1 @@
+"""fourbit in other people's pipelines: transformers and PEFT."""
