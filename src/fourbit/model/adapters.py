@@ -76,8 +76,14 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with _fourbit_layers():
-            adapted = get_peft_model(model, config)
+        try:
+            with _fourbit_layers():
+                adapted = get_peft_model(model, config)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"lora.target_modules: {reason}") from None
     return _wire(adapted)
 
 
@@ -158,7 +164,17 @@ def _dispatcher(original: Callable[..., Any], also: Callable[[nn.Module], bool])
 def _fourbit_layers() -> Iterator[None]:
     """Within this block PEFT builds `LoraLinear` for every linear layer."""
     original = peft_lora.dispatch_default
-    peft_lora.dispatch_default = _dispatcher(original, lambda base: type(base) is nn.Linear)
+    ours = _dispatcher(original, lambda base: type(base) is nn.Linear)
+
+    def dispatch(target: nn.Module, adapter_name: str, *rest: Any, **options: Any) -> nn.Module | None:
+        if options.get("parameter_name") is not None:
+            raise ConfigError(
+                f"lora.target_modules: {type(target).__name__} is no linear layer but a part of a mixture of "
+                "experts, which cannot be adapted yet; set it to attention, or to names of linear layers"
+            )
+        return ours(target, adapter_name, *rest, **options)
+
+    peft_lora.dispatch_default = dispatch
     try:
         with warnings.catch_warnings():
             # PEFT asks transformers in words that transformers has deprecated since.

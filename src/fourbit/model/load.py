@@ -37,7 +37,7 @@ from fourbit.model.formats.lazy import LazyTensor, OriginalTensor
 from fourbit.model.quantizer import FourBitConfig, linear_names
 from fourbit.model.sizes import check_total
 from fourbit.nn.decoder import layer_list
-from fourbit.nn.linear import Linear4bit
+from fourbit.nn.linear import Linear4bit, unpacked_linear
 from fourbit.nn.loss import split_model
 
 _DISK = (
@@ -135,6 +135,11 @@ def load(
     tokenizers.fit_embeddings(model, tokenizer)
     model.requires_grad_(False)
     report = _report(os.fspath(path), model, settings, compute.reason)
+    if settings is not None and not report.converted:
+        raise ModelError(
+            f"{path}: {type(model).__name__} has no linear layer that can be held in 4 bits; set "
+            "model.quant_type to none to train it in 16 bits"
+        )
     model.fourbit_report = report  # type: ignore[assignment]  # modules take any attribute
     if "peft" in sys.modules:  # who has imported it may call it; it is slow to import for nothing
         from fourbit.model.adapters import register_layers
@@ -282,7 +287,7 @@ def _report(path: str, model: PreTrainedModel, settings: FourBitConfig | None, r
     weights = sum(module.in_features * module.out_features for module in packed)
     packed_ids = {id(p) for module in packed for name, p in module.named_parameters() if name != "bias"}
     rest = [p for p in model.parameters() if id(p) not in packed_ids]
-    left = tuple(name for name, module in model.named_modules() if type(module) is nn.Linear)
+    left = tuple(unpacked_linear(model))
     return LoadReport(
         source=path,
         quant_type=settings.quant_type if settings else "none",

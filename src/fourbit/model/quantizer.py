@@ -23,7 +23,7 @@ from fourbit.errors import FourBitError
 from fourbit.model.formats.bnb import bnb_config
 from fourbit.model.formats.lazy import OriginalTensor
 from fourbit.model.save import checkpoint_tensors
-from fourbit.nn.linear import Linear4bit
+from fourbit.nn.linear import Linear4bit, is_plain, unpacked_linear
 
 
 @register_quantization_config("fourbit")
@@ -135,7 +135,7 @@ class FourBitQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.quant_type not in ("nf4", "fp4"):
             return None, {}
-        skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        skipped = unpacked_linear(model)
         config._saved_as = bnb_config(config.quant_type, config.double_quant, model.dtype, skipped)
         return checkpoint_tensors(model), {}
 
@@ -148,11 +148,11 @@ class FourBitQuantizer(HfQuantizer):
 
 
 def linear_names(model: nn.Module, skipped: list[str]) -> list[str]:
-    """The plain `nn.Linear` layers of a model, less the skipped ones."""
+    """The linear layers of a model that can be packed, less the skipped ones."""
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, skipped)
+        if is_plain(module) and should_convert_module(name, skipped)
     ]
 
 

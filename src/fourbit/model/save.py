@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.errors import ModelError
 from fourbit.model.formats.bnb import bnb_config, to_bnb
-from fourbit.nn.linear import Linear4bit
+from fourbit.nn.linear import Linear4bit, unpacked_linear
 from fourbit.private import owner_only
 
 _SHARD_BYTES = 2_000_000_000
@@ -45,7 +45,7 @@ def save_quantized(
     try:
         target.mkdir(parents=True, exist_ok=True)
         size = _write_shards(checkpoint_tensors(model), target)
-        skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        skipped = unpacked_linear(model)
         config = model.config.to_dict()
         config["quantization_config"] = bnb_config(first.quant_type, first.double_quant, model.dtype, skipped)
         config["dtype"] = str(model.dtype).removeprefix("torch.")

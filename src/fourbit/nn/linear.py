@@ -13,6 +13,7 @@ The bytes are bitsandbytes' and are never rewritten: what trains is what was loa
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -219,3 +220,34 @@ def _as_fp32(data: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and data.storage_offset() % 4:
         data = data.clone()
     return data.view(torch.float32)
+
+
+def unpacked_linear(model: nn.Module) -> list[str]:
+    """The names of a model's linear layers whose weights are not packed."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+    ]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer is an `nn.Linear`, or a class of its own that computes the same, such as Falcon's."""
+    kind: Any = type(module)
+    return kind is nn.Linear or (isinstance(module, nn.Linear) and _computes_the_same(kind))
+
+
+@cache
+def _computes_the_same(kind: Any) -> bool:
+    """Found out by trying a layer of this class on numbers."""
+    if issubclass(kind, Linear4bit) or kind.__module__.startswith("torch."):  # their owners read the weights
+        return False
+    layer = kind.__new__(kind)
+    try:
+        # Models are made on the meta device and in other dtypes than this.
+        with torch.device("cpu"), torch.no_grad():
+            nn.Linear.__init__(layer, 3, 2, dtype=torch.float32)
+            x = torch.linspace(-1, 1, 12, dtype=torch.float32).view(4, 3)
+            return torch.allclose(layer(x), x @ layer.weight.T + layer.bias, atol=1e-5)
+    except Exception:  # a class that wants more than an nn.Linear has is not one
+        return False

@@ -148,7 +148,9 @@ class _FusedLora(torch.autograd.Function):
         ctx.save_for_backward(low, lora_a, lora_b, *([flat] if remake is None else remake.inputs))
         ctx.remake = None if remake is None else remake.function
         ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, adapter.dropout, x.shape
-        return y.reshape(*x.shape[:-1], -1)
+        # No view for autograd, which lets nobody add to one in place that a function returns (Falcon does).
+        result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
