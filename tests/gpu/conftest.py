@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined
 
-pytest.importorskip("triton", reason="Triton is not installed")
+
+class _Skipped(pytest.Module):
+    """A module that is not imported, since it would import Triton."""
+
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        pytest.skip("Triton is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if find_spec("triton") is None:
+        return _Skipped.from_parent(parent, path=module_path)
+    return None
 
 
 @pytest.fixture
