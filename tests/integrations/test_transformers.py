@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,
@@ -23,7 +24,7 @@ from transformers import (
 
 import fourbit
 from fourbit.data.batch import Batch
-from fourbit.errors import ModelError
+from fourbit.errors import ConfigError, ModelError
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import causal_lm_loss
@@ -97,6 +98,25 @@ save_file(found, sys.argv[2])
     assert all(torch.equal(layers[name].weight, theirs[name]) for name in layers)
     ours, _ = fourbit.load(tmp_path / "saved", compute_dtype="float32", device="cpu")
     assert torch.equal(logits(ours), wanted)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_configuration_of_bitsandbytes_gives_its_bytes(folder: Path, double: bool) -> None:
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+    wanted = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["q_proj", "lm_head"], **settings)
+    ours = AutoModelForCausalLM.from_pretrained(
+        str(folder), quantization_config=fourbit.FourBitConfig.of(wanted), dtype=torch.float32
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        str(folder), quantization_config=wanted, dtype=torch.float32
+    )
+    layers = {name: m for name, m in ours.named_modules() if isinstance(m, Linear4bit)}
+    packed = {n: m for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert layers.keys() == packed.keys()
+    assert not any("q_proj" in name for name in layers)
+    assert all(torch.equal(layers[name].weight, packed[name].weight.view(-1)) for name in layers)
+    with pytest.raises(ConfigError, match="only load_in_4bit=True has a counterpart"):
+        fourbit.FourBitConfig.of(BitsAndBytesConfig(load_in_8bit=True))
 
 
 def test_int4_stays_ours(folder: Path, tmp_path: Path) -> None:

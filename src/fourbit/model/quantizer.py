@@ -16,10 +16,10 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from fourbit import functional
-from fourbit.errors import FourBitError
+from fourbit.errors import ConfigError, FourBitError
 from fourbit.model.formats.bnb import bnb_config
 from fourbit.model.formats.lazy import OriginalTensor
 from fourbit.model.save import checkpoint_tensors
@@ -57,6 +57,22 @@ class FourBitConfig(QuantizationConfigMixin):
         #: What stopped a conversion: transformers logs errors inside a load, and raises one without a reason.
         self._failure: FourBitError | None = None
         self._saved_as: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: BitsAndBytesConfig) -> FourBitConfig:
+        """The same layers and bytes as bitsandbytes would make, on fourbit's kernels.
+
+        Raises ConfigError for a configuration that is not one of 4 bits.
+        """
+        if not config.load_in_4bit:
+            raise ConfigError("BitsAndBytesConfig: only load_in_4bit=True has a counterpart here")
+        return cls(
+            config.bnb_4bit_quant_type,
+            64,
+            config.bnb_4bit_use_double_quant,
+            config.bnb_4bit_compute_dtype,
+            config.llm_int8_skip_modules,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: of bitsandbytes, whose bytes these are, where it has the type."""
