@@ -143,7 +143,7 @@ def test_only_packed_weights_and_only_with_recomputation(packed: Path, tmp_path:
         load(packed.parent / "plain")
     with pytest.raises(ConfigError, match="weight_tier 'moon': must be device, host or disk"):
         fourbit.load(packed, weight_tier="moon")
-    with pytest.raises(ConfigError, match="holds one layer at a time"):
+    with pytest.raises(ConfigError, match="disk holds a layer or two at a time"):
         fourbit.train(
             fourbit.add_lora(load(packed), r=4),
             byte_tokenizer(),
