@@ -51,8 +51,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("skipped", [None, ["down_proj"]])
+@pytest.mark.parametrize(("tied", "skipped"), [(True, None), (False, ["down_proj"])])
 def test_save_pretrained_writes_what_bitsandbytes_reads(
     tmp_path: Path, tied: bool, skipped: list[str] | None
 ) -> None:
