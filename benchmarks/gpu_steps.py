@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from big_model import SHAPES as PAPER
+from big_model import WORDS
 from gpu_common import DEVICE, HALF, Row, named, seconds
 from torch import Tensor
 
@@ -15,10 +17,8 @@ from torch import Tensor
 SHAPES = {
     "1B": ((2048, 5632, 22, 32, 4, 32000), (4, 1024)),
     "8B": ((4096, 14336, 32, 32, 8, 128256), (2, 1024)),
-    "7B": ((4096, 11008, 32, 32, 32, 32000), (1, 512)),
-    "13B": ((5120, 13824, 40, 40, 40, 32000), (1, 512)),
-    "33B": ((6656, 17920, 60, 52, 52, 32000), (1, 512)),
-    "65B": ((8192, 22016, 80, 64, 64, 32000), (1, 512)),
+    # The paper's models, whose queries have keys of their own.
+    **{name.upper(): ((*shape, shape[-1], WORDS), (1, 512)) for name, shape in PAPER.items()},
     "tiny": ((64, 128, 2, 4, 2, 259), (2, 16)),
 }
 RANK, RATE = 16, 2e-4

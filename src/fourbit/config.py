@@ -1,4 +1,4 @@
-"""One tree of frozen, validated settings: every default of fourbit, with its source, stands here once.
+"""One tree of frozen, validated settings: every default of fourbit, with its source, is found here.
 
 A run is described by a `RunConfig`, which `config_file` reads from YAML and which is saved resolved in the
 run folder. Defaults follow QLoRA (arXiv:2305.14314) section 4 and appendix B where the paper gives one.

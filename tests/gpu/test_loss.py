@@ -28,6 +28,7 @@ def test_against_fp64(
     found = loss.cross_entropy(given, labels, scale, softcap, True)
     assert torch.equal(found, without)
     error, theirs = (abs(float(value) - float(truth)) for value in (found.sum(), single))
-    assert error <= 2 * theirs + 2e-5 * abs(float(truth)) + 1e-6
+    # A few units in the last place of fp32, in which the losses come.
+    assert error <= 2 * theirs + 1e-6 * abs(float(truth)) + 1e-6
     wide = (given.double() - slope).abs().max()
     assert wide <= 1.05 * (composed.to(dtype).double() - slope).abs().max() + 1e-6

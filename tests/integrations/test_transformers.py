@@ -207,4 +207,5 @@ def test_the_stock_trainer_learns_what_our_loop_does(folder: Path, tmp_path: Pat
         optimizer.step()
         optimizer.zero_grad()
         ours.append(float(total.detach()) / count)
-    assert [float(loss) for loss in theirs] == pytest.approx(ours, rel=1e-3)
+    # The trainer logs four digits.
+    assert [float(loss) for loss in theirs] == pytest.approx(ours, rel=1.5e-4)

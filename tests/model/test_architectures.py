@@ -33,19 +33,19 @@ COMMON = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 2,
     "bos_token_id": 1, "attention_dropout": 0.0,
 }  # fmt: skip
-_WIDE = {"head_dim": 16}
+_HEAD = {"head_dim": 16}
 #: Name in the README: what the config needs beside COMMON, and whether rows can be laid end to end (`apart`).
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"type": "llama"},
-    "Mistral": {"type": "mistral", "sliding_window": 16, **_WIDE},
+    "Mistral": {"type": "mistral", "sliding_window": 16, **_HEAD},
     "Qwen 2": {"type": "qwen2"},
-    "Gemma 2": {"type": "gemma2", "query_pre_attn_scalar": 16, **_WIDE},
+    "Gemma 2": {"type": "gemma2", "query_pre_attn_scalar": 16, **_HEAD},
     "Phi 3": {"type": "phi3"},
     "Falcon": {"type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True, "apart": False},
     "Falcon (old)": {"type": "falcon", "multi_query": True, "bias": False, "apart": False},
-    "Qwen 3": {"type": "qwen3", **_WIDE},
-    "Gemma": {"type": "gemma", **_WIDE},
-    "Gemma 3": {"type": "gemma3_text", "query_pre_attn_scalar": 16, **_WIDE},
+    "Qwen 3": {"type": "qwen3", **_HEAD},
+    "Gemma": {"type": "gemma", **_HEAD},
+    "Gemma 3": {"type": "gemma3_text", "query_pre_attn_scalar": 16, **_HEAD},
     "Phi": {"type": "phi"},
     "GPT-NeoX": {"type": "gpt_neox"},
     "OPT": {"type": "opt", "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0, "apart": False},
@@ -55,18 +55,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OLMo 2": {"type": "olmo2"},
     "Granite": {"type": "granite"},
     "Cohere": {"type": "cohere"},
-    "Cohere 2": {"type": "cohere2", **_WIDE},
+    "Cohere 2": {"type": "cohere2", **_HEAD},
     "SmolLM 3": {"type": "smollm3"},
     "StarCoder 2": {"type": "starcoder2", "residual_dropout": 0.0, "embedding_dropout": 0.0},
     "GPT-J": {"type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 256},
     "MPT": {"type": "mpt", "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "apart": False},
-    "GLM 4": {"type": "glm4", **_WIDE},
+    "GLM 4": {"type": "glm4", **_HEAD},
     "Nemotron": {"type": "nemotron"},
     "EXAONE 4": {"type": "exaone4"},
     "ERNIE 4.5": {"type": "ernie4_5"},
-    "Hunyuan": {"type": "hunyuan_v1_dense", **_WIDE},
+    "Hunyuan": {"type": "hunyuan_v1_dense", **_HEAD},
     "GPT-OSS (experts in 16 bits)": {
-        "type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "apart": False, **_WIDE,
+        "type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "apart": False, **_HEAD,
     },
 }  # fmt: skip
 FAST = ("Llama", "Mistral", "Qwen 2", "Gemma 2", "Phi 3", "Falcon")
@@ -101,7 +101,7 @@ def test_from_loading_to_the_merge(family: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "model", kind, **settings)
     base = load(folder)
     heads = {id(base.get_output_embeddings())}
-    # All but the head, and routers, whose choices four bits would change.
+    # Every linear layer but the head. (Routers are not of this class, and stay as they are.)
     left = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Linear4bit)]
     assert [name for name in left if id(base.get_submodule(name)) not in heads] == []
     packed = [module for module in base.modules() if isinstance(module, Linear4bit)]

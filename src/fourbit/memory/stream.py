@@ -100,9 +100,9 @@ def stream_weights(model: Any, layers: Sequence[nn.Module], files: Sequence[Mapp
 def stream_from_host(model: Any, layers: Sequence[nn.Module], device: torch.device) -> HostStream:
     """Stream a model's packed weights from host memory from now on; all else of it goes to the device."""
     stream = HostStream(layers, device)
-    streamed = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    streamed = {id(p) for layer in layers for p in layer.parameters() if p.dtype == torch.uint8}
     for parameter in model.parameters():
-        if id(parameter) not in streamed or parameter.dtype != torch.uint8:
+        if id(parameter) not in streamed:
             parameter.data = parameter.data.to(device)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)

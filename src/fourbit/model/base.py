@@ -117,11 +117,20 @@ def check_fit(place: Path, skeleton: PreTrainedModel, tensors: Mapping[str, Lazy
 
 
 def quantized_weights(skeleton: PreTrainedModel) -> set[str]:
-    """Names of the weights that a load in 4 bits quantizes: linear layers but the head and tied ones."""
+    """Names of the weights that a load in 4 bits quantizes: linear layers but the head and tied ones.
+
+    Raises ModelError where there is none.
+    """
     skipped = FourBitQuantizer.get_modules_to_not_convert(
         skeleton, None, list(skeleton._keep_in_fp32_modules or ())
     )
-    return {f"{name}.weight" for name in linear_names(skeleton, skipped)}
+    names = linear_names(skeleton, skipped)
+    if not names:
+        raise ModelError(
+            f"{type(skeleton).__name__} has no linear layer that can be held in 4 bits; set model.quant_type "
+            "to none to train it in 16 bits"
+        )
+    return {f"{name}.weight" for name in names}
 
 
 def canonical_name(name: str, skeleton: PreTrainedModel) -> str:

@@ -135,11 +135,6 @@ def load(
     tokenizers.fit_embeddings(model, tokenizer)
     model.requires_grad_(False)
     report = _report(os.fspath(path), model, settings, compute.reason)
-    if settings is not None and not report.converted:
-        raise ModelError(
-            f"{path}: {type(model).__name__} has no linear layer that can be held in 4 bits; set "
-            "model.quant_type to none to train it in 16 bits"
-        )
     model.fourbit_report = report  # type: ignore[assignment]  # modules take any attribute
     if "peft" in sys.modules:  # who has imported it may call it; it is slow to import for nothing
         from fourbit.model.adapters import register_layers

@@ -59,15 +59,14 @@ def _check_part(name: str, part: Tensor, dtype: torch.dtype, size: int) -> None:
 def _quantize(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     check_float(w.dtype, "the tensor to quantize")
     check_block_size(block_size)
+    if not (runs_native(w) or runs_triton(w)):
+        return reference.quantize_4bit(w, codebook, block_size)
+    codes = allocate(((w.numel() + 1) // 2,), torch.uint8, w.device)
     if runs_native(w):
-        codes = allocate(((w.numel() + 1) // 2,), torch.uint8, w.device)
         return codes, native_codec.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
-    if runs_triton(w):
-        from fourbit.kernels.gpu import codec as gpu_codec
+    from fourbit.kernels.gpu import codec as gpu_codec
 
-        codes = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
-        return codes, gpu_codec.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
-    return reference.quantize_4bit(w, codebook, block_size)
+    return codes, gpu_codec.quantize_4bit(w.contiguous(), *thresholds(codebook), block_size, codes)
 
 
 def _quantize_fake(w: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

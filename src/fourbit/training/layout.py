@@ -36,31 +36,23 @@ def settled(config: RunConfig, model: nn.Module, pad_id: int, console: Console) 
 
     Raises ConfigError where rows are to lie end to end and the model does not keep them apart.
     """
-    train = config.train
-    wanted, asked = _wanted(config, model), train.packing is not None or bool(train.padding_free)
-    if wanted and train.effective_batch > 1:
-        device = next(model.parameters()).device
-        if not keeps_rows_apart(model, pad_id, device):
-            decoder = type(split_model(model)[0]).__name__
-            if asked:
-                key = "padding_free" if train.packing is None else "packing"
-                raise ConfigError(
-                    f"train.{key}: {decoder} lets rows laid end to end see each other; "
-                    "leave the setting out to pad rows instead"
-                )
-            console.print(
-                f"rows are padded: {decoder} lets rows laid end to end see each other", highlight=False
-            )
-            wanted = False
+    train, asked = config.train, config.train.end_to_end
+    wanted = asked or (train.padding_free is None and _costs_nothing(config, model))
+    device = next(model.parameters()).device
+    if wanted and train.effective_batch > 1 and not keeps_rows_apart(model, pad_id, device):
+        why = f"{type(split_model(model)[0]).__name__} lets rows laid end to end see each other"
+        if asked:
+            key = "padding_free" if train.packing is None else "packing"
+            raise ConfigError(f"train.{key}: {why}; leave the setting out to pad rows instead")
+        console.print(f"rows are padded: {why}", highlight=False)
+        wanted = False
     if train.packing is not None:
         return config
     return config.model_copy(update={"train": train.model_copy(update={"padding_free": wanted})})
 
 
-def _wanted(config: RunConfig, model: nn.Module) -> bool:
-    train = config.train
-    if train.packing is not None or train.padding_free is not None:
-        return train.end_to_end
+def _costs_nothing(config: RunConfig, model: nn.Module) -> bool:
+    """Whether rows end to end take no mask of all tokens by all, and no code for each of their lengths."""
     decoder: Any = split_model(model)[0]
     device = next(model.parameters()).device
     if device.type != "cpu" or decoder.config._attn_implementation != NAME:

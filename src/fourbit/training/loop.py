@@ -106,13 +106,14 @@ def run_loop(
         folder=work.folder,
     )
     progress, guard = checkpoint.Progress(), Guard()
-    scale = LossScale(work.autocast_dtype or base.dtype)
     relief: dict[str, Any] = {}
+    scaled: dict[str, Any] = {}
     if resume_from is not None:
         checkpoint.restore(resume_from, model, optimizer)
         state = resume_from.state
-        progress, guard, relief = state.progress, Guard(state.guard), state.relief
-        scale = LossScale(work.autocast_dtype or base.dtype, state.loss_scale)
+        progress, guard = state.progress, Guard(state.guard)
+        relief, scaled = state.relief, state.loss_scale
+    scale = LossScale(work.autocast_dtype or base.dtype, scaled)
     first_step, first_tokens = progress.step, progress.tokens
 
     def save() -> None:

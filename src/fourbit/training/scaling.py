@@ -18,7 +18,7 @@ class LossScale:
     """
 
     def __init__(self, dtype: torch.dtype, state: dict[str, Any] | None = None) -> None:
-        """dtype: of activations; state: to go on from, or None."""
+        """dtype: of activations; state: to go on from, or none."""
         self._needed = dtype == torch.float16
         state = state or {"factor": _FIRST if self._needed else 1.0, "good": 0}
         self.factor: float = state["factor"]
