@@ -4,7 +4,7 @@
     python benchmarks/memory.py --only smollm2 --only llama-30m
     python benchmarks/memory.py --point smollm2:4x512:checkpoint:r16
 
-A point is `MODEL:ROWSxTOKENS:checkpoint|keep:rR[:compact]`: two optimizer steps of two micro-batches,
+A point is `MODEL:ROWSxTOKENS:checkpoint|keep:rR[:8bit]`: two optimizer steps of two micro-batches,
 loading, evaluation and saving included, through the code that `fourbit train` runs. The models are
 SmolLM2-135M (from the package of the demo) and Llama, Mistral and Qwen shapes with random weights, written to
 a temporary folder first. The predicted peak is the one of the plan that was made before the start.
@@ -40,13 +40,13 @@ SHAPES: dict[str, tuple[Any, ...]] = {
 GRID = (
     "smollm2:1x256:checkpoint:r16", "smollm2:2x256:keep:r64", "smollm2:4x512:checkpoint:r16",
     "smollm2:2x512:keep:r64", "smollm2:1x1024:keep:r8", "smollm2:8x256:checkpoint:r64",
-    "smollm2:1x4096:checkpoint:r16", "smollm2:4x512:checkpoint:r16:compact", "smollm2:2x256:keep:r16:compact",
+    "smollm2:1x4096:checkpoint:r16", "smollm2:4x512:checkpoint:r16:8bit", "smollm2:2x256:keep:r64:8bit",
     "llama-30m:1x256:checkpoint:r8", "llama-30m:8x256:keep:r16", "llama-30m:4x1024:checkpoint:r64",
-    "llama-30m:2x2048:keep:r16", "llama-30m:1x4096:checkpoint:r8", "llama-30m:8x512:checkpoint:r16:compact",
+    "llama-30m:2x2048:keep:r16", "llama-30m:1x4096:checkpoint:r8", "llama-30m:8x512:checkpoint:r16",
     "qwen-100m:2x256:checkpoint:r16", "qwen-100m:4x512:keep:r8", "qwen-100m:1x2048:checkpoint:r64",
     "mistral-300m:1x256:checkpoint:r64", "mistral-300m:2x512:keep:r16", "mistral-300m:4x512:checkpoint:r16",
-    "mistral-300m:1x4096:checkpoint:r16", "llama-1b:1x256:checkpoint:r16", "llama-1b:1x512:keep:r8",
-    "llama-1b:2x1024:checkpoint:r64", "llama-1b:1x2048:checkpoint:r16:compact",
+    "mistral-300m:1x4096:checkpoint:r64:8bit", "llama-1b:1x256:checkpoint:r16", "llama-1b:1x512:keep:r8",
+    "llama-1b:2x1024:checkpoint:r64", "llama-1b:1x2048:checkpoint:r16",
 )  # fmt: skip
 
 
@@ -59,13 +59,20 @@ class Point:
     tokens: int
     checkpointing: bool
     r: int
-    compact: bool
+    optimizer: str
 
     @staticmethod
     def parse(text: str) -> Point:
-        model, size, kept, rank, *rest = text.split(":")
+        model, size, kept, rank, *bits = text.split(":")
         rows, _, tokens = size.partition("x")
-        return Point(model, int(rows), int(tokens), kept == "checkpoint", int(rank[1:]), rest == ["compact"])
+        return Point(
+            model,
+            int(rows),
+            int(tokens),
+            kept == "checkpoint",
+            int(rank[1:]),
+            "adamw_8bit" if bits == ["8bit"] else "adamw",
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,7 +146,7 @@ def measure(point: Point, folder: Path) -> int:
             "effective_batch": 2 * point.rows,
             "micro_batch": point.rows,
             "activation_checkpointing": point.checkpointing,
-            "compact_heap": point.compact,
+            "optimizer": point.optimizer,
         },
         "output": str(folder / "run"),
     }

@@ -84,7 +84,7 @@ def longest(plans: Planner) -> str:
 
     def plan(tokens: int) -> Plan:
         plans.use_rows(Rows(tokens))
-        return plans.plan(Choice(1, True, 6, False, 0))
+        return plans.plan(Choice(1, True, 6, 0))
 
     low, high = 0, LONGEST // STEP
     while low < high:

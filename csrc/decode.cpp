@@ -100,8 +100,9 @@ class Step {
         const int64_t bytes = d.width * dtype_bytes(d.dtype);
         for (int64_t row = 0; row < d.rows; ++row) {
             const float *cos = d.cos + row * d.width, *sin = d.sin + row * d.width;
-            kernels().rotate({at(q, row * d.heads * d.width, d.dtype), d.dtype, d.heads, d.width, cos, sin});
-            kernels().rotate({at(k, row * d.kv_heads * d.width, d.dtype), d.dtype, d.kv_heads, d.width, cos, sin});
+            void *queries = at(q, row * d.heads * d.width, d.dtype), *keys = at(k, row * d.kv_heads * d.width, d.dtype);
+            kernels().rotate({queries, queries, d.dtype, d.heads, d.width, d.width, cos, sin});
+            kernels().rotate({keys, keys, d.dtype, d.kv_heads, d.width, d.width, cos, sin});
             for (int64_t head = 0; head < d.kv_heads; ++head) {
                 const int64_t place = row * d.kv_heads + head;
                 const int64_t slot = (place * d.room + d.slots - 1) * d.width;

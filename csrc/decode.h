@@ -36,11 +36,11 @@ template <int DTYPE>
 void rotate_heads(const RotaryRow& row) {
     const int64_t half = row.width / 2;
     for (int64_t head = 0; head < row.heads; ++head) {
-        const int64_t low = head * row.width, high = low + half;
+        const int64_t from = head * row.stride, to = head * row.width;
         for (int64_t i = 0; i < half; ++i) {
-            const float a = load_as<DTYPE>(row.x, low + i), b = load_as<DTYPE>(row.x, high + i);
-            store_as<DTYPE>(row.x, low + i, a * row.cos[i] - b * row.sin[i]);
-            store_as<DTYPE>(row.x, high + i, b * row.cos[half + i] + a * row.sin[half + i]);
+            const float a = load_as<DTYPE>(row.x, from + i), b = load_as<DTYPE>(row.x, from + half + i);
+            store_as<DTYPE>(row.y, to + i, a * row.cos[i] - b * row.sin[i]);
+            store_as<DTYPE>(row.y, to + half + i, b * row.cos[half + i] + a * row.sin[half + i]);
         }
     }
 }

@@ -1,4 +1,4 @@
-// RMS norm and gated activations: argument checks and the split over threads.
+// RMS norm, gated activations and rotary embedding: argument checks and the split over threads.
 #include <algorithm>
 
 #include "convert.h"
@@ -10,6 +10,7 @@ namespace {
 
 // Values per task: enough to be worth a thread, few enough to stay in its cache.
 constexpr int64_t TASK = 1 << 14;
+constexpr int64_t WIDEST_HEAD = 1024;
 
 // Calls `body` for each of T rows of K values.
 template <class Body>
@@ -64,6 +65,26 @@ int fb_gated_grad(const void* grad, const void* gate, const void* up, int dtype,
         const int64_t i = task * TASK;
         kernels().gated_grad({at(gate, i, dtype), at(up, i, dtype), at(grad, i, dtype), nullptr,
                               at(grad_gate, i, dtype), at(grad_up, i, dtype), dtype, kind, std::min(TASK, n - i)});
+    });
+    return 0;
+}
+
+int fb_rotary(const void* x, int dtype, int64_t batch, int64_t length, int64_t heads, int64_t width,
+              int64_t x_batch, int64_t x_row, int64_t x_head, const void* cos, const void* sin,
+              int64_t angles_batch, int back, void* y, int threads) {
+    if (!known_dtype(dtype) || batch < 0 || length < 0 || heads <= 0) return 1;
+    if (width <= 0 || width % 2 != 0 || width > WIDEST_HEAD) return 1;
+    each_row(batch * length, heads * width, threads, [&](int64_t t) {
+        const int64_t row = t / length, place = t % length, half = width / 2;
+        const int64_t angles = row * angles_batch + place * width;
+        float turn[WIDEST_HEAD], lift[WIDEST_HEAD];
+        for (int64_t i = 0; i < width; ++i) {
+            const int64_t from = back ? (i + half) % width : i;
+            turn[i] = load_value(cos, dtype, angles + i);
+            lift[i] = back ? -load_value(sin, dtype, angles + from) : load_value(sin, dtype, angles + from);
+        }
+        kernels().rotate({at(x, row * x_batch + place * x_row, dtype), at(y, t * heads * width, dtype), dtype, heads,
+                          width, x_head, turn, lift});
     });
     return 0;
 }

@@ -120,6 +120,14 @@ FB_API int fb_gated(const void* gate, const void* up, int dtype, int64_t n, int 
 FB_API int fb_gated_grad(const void* grad, const void* gate, const void* up, int dtype, int64_t n, int kind,
                          void* grad_gate, void* grad_up, int threads);
 
+// y[batch, length, heads, width] = x with the two halves of each head turned by an angle for each pair of values
+// (arXiv:2104.09864, halves as in Llama): y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2; back: the transposed map, for
+// gradients. x has these strides, its last one 1; cos and sin [batch or 1, length, width] are of x's dtype and lie
+// `angles_batch` values apart for each of the batch. width is even and at most 1024. y must not be x.
+FB_API int fb_rotary(const void* x, int dtype, int64_t batch, int64_t length, int64_t heads, int64_t width,
+                     int64_t x_batch, int64_t x_row, int64_t x_head, const void* cos, const void* sin,
+                     int64_t angles_batch, int back, void* y, int threads);
+
 // One step of AdamW (arXiv:1711.05101), in place: weight, grad, mean and square [n]. The eight coefficients are
 // 1 - rate decay, b1, 1 - b1, b2, 1 - b2, 1 / sqrt(1 - b2^t), eps, rate / (1 - b1^t). With 8-bit states each
 // block of 256 has its fp32 absmax [ceil(n / 256)]; maps [2, 256] and thresholds [2, 255] are of mean and square.

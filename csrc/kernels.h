@@ -75,11 +75,13 @@ struct LowRow {
     void* y;
 };
 
-// Heads x [heads, width] of one token, turned in place by the angles of cos and sin [width].
+// Heads of one token, turned by the angles of cos and sin [width] (arXiv:2104.09864): x has a head every `stride`
+// values, y is [heads, width] and may be x.
 struct RotaryRow {
-    void* x;
+    const void* x;
+    void* y;
     int dtype;
-    int64_t heads, width;
+    int64_t heads, width, stride;
     const float *cos, *sin;
 };
 

@@ -255,6 +255,14 @@ void rows() {
     everywhere("fb_gated_grad", false, {Buffer(bytes), Buffer(bytes)}, [&](auto& out) {
         return fb_gated_grad(grad.at(), x.at(), y.at(), dtype, n, kind, out[0].at(), out[1].at(), threads());
     });
+    const int64_t batch = between(1, 3), heads = between(1, 4), width = 2 * between(1, 40), row = heads * width;
+    const int64_t total = batch * row * t, apart = chance(2) ? t * width : 0;
+    Buffer q = values(dtype, total), cos = values(dtype, batch * t * width), sin = values(dtype, batch * t * width);
+    for (const int back : {0, 1})
+        everywhere("fb_rotary", false, {Buffer(total * kWidth[dtype])}, [&](auto& out) {
+            return fb_rotary(q.at(), dtype, batch, t, heads, width, row * t, row, width, cos.at(), sin.at(),
+                             apart, back, out[0].at(), threads());
+        });
 }
 
 void decode() {

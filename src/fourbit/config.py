@@ -245,18 +245,13 @@ class TrainSettings(_Settings):
     )
     fused: bool = Field(
         default=True,
-        description="on a CPU, compute with fourbit's attention, norms and gated MLPs; false: transformers'",
+        description="on a CPU, compute with fourbit's attention, norms, gated MLPs and rotary "
+        "embeddings; false: transformers'",
     )
     loss_chunk: int = Field(
         default=LOSS_CHUNK,
         ge=1,
         description="MiB of logits formed at once in the loss; changes memory and speed only",
-    )
-    compact_heap: bool | None = Field(
-        default=None,
-        description="give freed memory back to the system at once: on a CPU less memory, and slower on small "
-        "models; null: on those of hidden size 2,048 or more, whose products outweigh it, and with "
-        "activation_tier disk",
     )
     group_by_length: bool = Field(default=True, description="batches of similar length, less padding (QLoRA)")
     eval_every: int = Field(

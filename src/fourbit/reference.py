@@ -228,6 +228,19 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[T
     return grads[0].to(gate.dtype), grads[1].to(up.dtype)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864, eq. 34), pairs half a head apart, rounded once.
+
+    x [B, H, T, D], cos and sin [B or 1, T, D]: x cos + (-x2, x1) sin; back: the transposed map, of gradients.
+    """
+    wide, cos, sin = x.float(), cos.float()[:, None], sin.float()[:, None]
+    if back:
+        first, second = (wide * sin).chunk(2, dim=-1)
+        return (wide * cos + torch.cat([second, -first], dim=-1)).to(x.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
 def _activation(x: Tensor, kind: int) -> Tensor:
     return F.silu(x) if kind == 0 else F.gelu(x, approximate="tanh")
 

@@ -1,4 +1,4 @@
-"""RMS norm and gated activations: no worse than torch in the same dtype, the same bits everywhere."""
+"""RMS norm, gated activations, rotary embedding: no worse than torch, the same bits everywhere."""
 
 from __future__ import annotations
 
@@ -63,6 +63,36 @@ def test_gated(implementation: str, shape: tuple[int, int], dtype: torch.dtype, 
         no_worse(own, other, true, EPSILON[dtype])
 
 
+def angles(rows: int, length: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, of other angles in the second half: no model has them, the formula allows them."""
+    turned = 7 * torch.randn(rows, length, width)
+    return turned.cos().to(dtype), turned.sin().to(dtype)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 5, 14), (3, 1, 70, 64)], ids=str)
+def test_rotary(
+    implementation: str, shape: tuple[int, int, int, int], dtype: torch.dtype, shared: bool, by_token: bool
+) -> None:
+    batch, heads, length, width = shape
+    x = torch.randn(batch, length, heads, width + 3)[..., :width].transpose(1, 2).to(dtype)
+    x = x if by_token else x.contiguous()
+    cos, sin = angles(1 if shared else batch, length, width, dtype)
+    y, wide = ops.rotary(x, cos, sin, False), x.double().requires_grad_()
+    first, second = wide.chunk(2, dim=-1)
+    truth = wide * cos.double()[:, None] + torch.cat([-second, first], dim=-1) * sin.double()[:, None]
+    assert y.transpose(1, 2).is_contiguous()
+    assert torch.equal(y, reference.rotary(x, cos, sin, False))
+    torch.testing.assert_close(y, truth.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    grad = torch.randn(shape).to(dtype)
+    grad_x = ops.rotary(grad, cos, sin, True)
+    assert torch.equal(grad_x, reference.rotary(grad, cos, sin, True))
+    truth = torch.autograd.grad(truth, wide, grad.double())[0]
+    torch.testing.assert_close(grad_x, truth.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [0, 1])
 def test_activations_far_out(implementation: str, kind: int) -> None:
     gate = torch.tensor([-1e12, -3e4, -89.0, -88.0, -20.0, -0.0, 0.0, 1e-30, 20.0, 88.0, 3e4, 1e12])
@@ -80,7 +110,8 @@ def test_the_same_bits_for_every_instruction_set_and_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     x, grad, up = (torch.randn(170, 203).to(dtype) for _ in range(3))  # more than two tasks of 16,384 values
-    weight = torch.randn(203)
+    weight, heads = torch.randn(203), torch.randn(2, 7, 85, 34).to(dtype)
+    cos, sin = angles(2, 85, 34, dtype)
     before, found = native.isa(), []
     for isa, threads in ((isa, threads) for isa in native.isas() for threads in (1, 3)):
         native.set_isa(isa)
@@ -93,6 +124,7 @@ def test_the_same_bits_for_every_instruction_set_and_number_of_threads(
                 native_elementwise.rms_norm_backward(grad, x, weight, scale),
                 *(native_elementwise.gated(x, up, kind) for kind in (0, 1)),
                 *(part for kind in (0, 1) for part in native_elementwise.gated_backward(grad, x, up, kind)),
+                *(native_elementwise.rotary(heads, cos, sin, back) for back in (False, True)),
             ]
         )
     native.set_isa(before)
@@ -118,6 +150,14 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.gated(x, x[:1], 0)
     with pytest.raises(QuantizationError, match="no activation 7"):
         ops.gated(x, x, 7)
+    heads, (cos, sin) = torch.randn(2, 1, 3, 8), angles(3, 3, 8, torch.float32)
+    for own, c, s in (
+        (heads, cos, sin),
+        (heads, cos[:1], sin),
+        (heads[..., :7], cos[:1, :, :7], sin[:1, :, :7]),
+    ):
+        with pytest.raises(QuantizationError, match="a rotary embedding of x"):
+            ops.rotary(own, c, s, False)
 
 
 def test_operators_trace() -> None:

@@ -129,12 +129,12 @@ def settings(folder: Path, **model: Any) -> RunConfig:
 def test_a_budget_puts_them_there(folder: Path) -> None:
     target = Target("some card", False, torch.bfloat16, 10**9)
     planner = Planner(settings(folder), target, Rows(longest=64, count=32), runtime=10**8)
-    host, held = (planner.plan(Choice(1, True, 24, False, None, tier)) for tier in ("host", "device"))
+    host, held = (planner.plan(Choice(1, True, 24, None, tier)) for tier in ("host", "device"))
     part = next(part for part in host.held if part.name == "packed weights")
     whole = planner.weights.codes + planner.weights.scales
     assert (part.tier, part.size) == ("host", -(-2 * whole // LAYERS))
     assert held.peak - host.peak == whole - part.size
-    least = planner.plan(Choice(1, True, 6, False, 0, "host", "host")).most
+    least = planner.plan(Choice(1, True, 6, 0, "host", "host")).most
     chosen = planner.choose(least).choice
     assert chosen.weight_tier == "host"
     assert "weights in host memory" in chosen.text()

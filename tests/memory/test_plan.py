@@ -85,14 +85,12 @@ def test_a_plan_adds_up_and_grows_with_what_it_is_for(tmp_path):
     assert small.peak == sum(part.size for part in small.held) + max(phase.size for phase in small.phases)
     assert {part.name: part.size for part in small.held}["runtime"] == 1000
 
-    def step(found: Planner, rows: int, checkpointing: bool, compact: bool = True) -> int:
-        return found.plan(Choice(rows, checkpointing, 1, compact)).phases[1].size
+    def step(found: Planner, rows: int, checkpointing: bool) -> int:
+        return found.plan(Choice(rows, checkpointing, 1)).phases[1].size
 
     more = step(found, 4, True)
     assert step(found, 1, True) < more < step(found, 4, False)
     assert more < step(planner(model, Rows(256)), 4, True)
-    assert more < step(found, 4, True, compact=False)
-    assert step(found, 4, False) < step(found, 4, False, compact=False)
 
 
 def test_rehearsed_activations_are_those_that_a_real_step_keeps(tmp_path):
@@ -160,26 +158,12 @@ def test_paging_takes_the_states_out_of_memory(optimizer, share):
         }
     )
     plans = Planner(config, CPU, Rows(256), runtime=0)
-    held, half, paged = (plans.plan(Choice(1, True, 24, True, memory)) for memory in (None, 500, 0))
+    held, half, paged = (plans.plan(Choice(1, True, 24, memory)) for memory in (None, 500, 0))
     states = [next(p.size for p in plan.held if p.name == "optimizer states") for plan in (held, half, paged)]
     assert states[0] == pytest.approx(share * LLAMA["65b"][1], rel=0.02)
     assert 500 << 20 <= states[1] < (500 << 20) + 50e6
     assert states[2] < 50e6
     assert held.peak - paged.peak == states[0] - states[2]
-
-
-def test_wide_models_compact_the_heap_unless_told_otherwise(tmp_path):
-    """Of blocks of 11 MB, a LLaMA-7B shape left 2 GB of holes in the heap."""
-    data = {"train": "rows.jsonl"}
-    wide, small = str(SHAPES / "llama-7b"), str(save_llama(tmp_path))
-    asked = [(wide, None, True), (wide, False, False), (small, None, False), (small, True, True)]
-    for path, setting, expected in asked:
-        config = resolve({"model": {"path": path}, "data": data, "train": {"compact_heap": setting}})
-        plans = Planner(config, CPU, Rows(256), runtime=0)
-        assert plans.asked.compact_heap == expected
-        assert plans.choose(10**12).choice.compact_heap == expected
-        card = Planner(config, replace(CPU, name="card", on_cpu=False), Rows(256))
-        assert not card.asked.compact_heap
 
 
 @pytest.mark.parametrize(

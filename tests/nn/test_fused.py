@@ -1,4 +1,4 @@
-"""Fused norms and gated MLPs: what is matched, what is left, and that a model computes the same."""
+"""Fused norms, gated MLPs, rotary embeddings: what matches, what is left, that a model computes the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import fourbit
+import fourbit.nn.rotary
 from fourbit.nn.fused import fuse, rms_norm, unfuse
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.remake import remake_of
@@ -40,10 +49,17 @@ def loss_and_gradients(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize(
     ("config", "matched"),
     [
-        (LlamaConfig(**SIZES), {"RMS norms": 5, "gated MLPs": 2}),
-        (Qwen3Config(**SIZES), {"RMS norms": 9, "gated MLPs": 2}),  # queries and keys have norms of their own
-        (Gemma2Config(**SIZES), {"RMS norms": 9, "gated MLPs": 2}),  # 1 + weight, GELU by tanh
-        (Phi3Config(**SIZES), {"RMS norms": 5}),  # gate and up are one matrix
+        (LlamaConfig(**SIZES), {"RMS norms": 5, "gated MLPs": 2, "rotary embeddings": 2}),
+        (
+            Qwen3Config(**SIZES),
+            {"RMS norms": 9, "gated MLPs": 2, "rotary embeddings": 2},
+        ),  # queries and keys have norms of their own
+        (
+            Gemma2Config(**SIZES),
+            {"RMS norms": 9, "gated MLPs": 2, "rotary embeddings": 2},
+        ),  # 1 + weight, GELU by tanh
+        (CohereConfig(**SIZES), {"gated MLPs": 2}),  # neighbours are pairs
+        (Phi3Config(**SIZES), {"RMS norms": 5, "rotary embeddings": 2}),  # gate and up are one matrix
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, dict) else "",
 )
@@ -93,6 +109,35 @@ def test_what_computes_something_else_is_left_with_the_reason() -> None:
     assert "activation" in fuse(nn.ModuleList([relu])).left["LlamaMLP"]
 
 
+def test_a_rotary_embedding_of_part_of_a_head_is_left() -> None:
+    config = GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, rotary_pct=0.5)
+    report = fuse(AutoModelForCausalLM.from_config(config))
+    assert report.left == {"GPTNeoXAttention": "it turns a part of each head only"}
+
+
+def test_a_rotary_embedding_runs_in_its_model_only_and_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = llama(), llama()
+    fuse(model)
+    called: list[tuple[int, ...]] = []
+    own = fourbit.nn.rotary.rotary
+    monkeypatch.setattr(
+        fourbit.nn.rotary, "rotary", lambda x, *a: called.append(tuple(x.shape)) or own(x, *a)
+    )
+    ids = torch.randint(3, 90, (2, 11))
+    expected = other(input_ids=ids).logits
+    assert not called  # transformers' module is as it was
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=2e-5, atol=1e-6)
+    assert len(called) == 2 * model.config.num_hidden_layers
+    attention = model.model.layers[0].self_attn
+    queries, half = torch.randn(2, 2, 11, 8), torch.randn(1, 11, 4)
+    turn = attention.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    del called[:]
+    with pytest.raises(RuntimeError, match="must match"):  # theirs refuses, as it would have
+        turn(queries, queries, half, half)
+    turn(queries.transpose(1, 2), queries.transpose(1, 2), torch.randn(1, 11, 8), torch.randn(1, 11, 8), 2)
+    assert not called
+
+
 def test_what_another_library_wrapped_is_left() -> None:
     model = llama()
     model.model.norm.forward = model.model.norm.forward
@@ -117,7 +162,7 @@ def adapted_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Mod
 def test_with_adapters_on_4_bits_copies_and_in_training_mode() -> None:
     model, adapted = adapted_llama()
     before = loss_and_gradients(adapted)
-    assert fuse(model).matched == {"RMS norms": 5, "gated MLPs": 2}
+    assert fuse(model).matched == {"RMS norms": 5, "gated MLPs": 2, "rotary embeddings": 2}
     assert model.model.layers[0].mlp.training
     torch.testing.assert_close(loss_and_gradients(adapted), before, rtol=2e-5, atol=1e-6)
     twin = copy.deepcopy(adapted)

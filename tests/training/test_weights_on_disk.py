@@ -97,13 +97,13 @@ def test_a_budget_puts_them_there(packed: Path, tmp_path: Path) -> None:
     planner = Planner(
         config, Target("CPU", True, torch.float32, None), Rows(longest=64, count=32), runtime=10**8
     )
-    on_disk = planner.plan(Choice(1, True, 24, True, 0, "disk"))
-    held = planner.plan(Choice(1, True, 24, True, 0, "device"))
+    on_disk = planner.plan(Choice(1, True, 24, 0, "disk"))
+    held = planner.plan(Choice(1, True, 24, 0, "device"))
     part = next(part for part in on_disk.held if part.name == "packed weights")
     whole = planner.weights.codes + planner.weights.scales
     assert (part.tier, part.size) == ("disk", -(-whole // 6))
     assert held.peak - on_disk.peak == whole - part.size
-    least = planner.plan(Choice(1, True, 6, True, 0, "disk")).most
+    least = planner.plan(Choice(1, True, 6, 0, "disk")).most
     chosen = planner.choose(least).choice
     assert chosen.weight_tier == "disk"
     assert "weights on disk" in chosen.text()
@@ -117,12 +117,12 @@ def test_a_plan_counts_inputs_of_layers_on_the_disk(packed: Path, tmp_path: Path
     rows = Rows(longest=512, count=32, heldout=(0, 0))
     planner = Planner(config, Target("CPU", True, torch.float32, None), rows, runtime=10**8)
     held, host, disk = (
-        planner.plan(Choice(1, True, 1, True, None, "device", tier)) for tier in ("device", "host", "disk")
+        planner.plan(Choice(1, True, 1, None, "device", tier)) for tier in ("device", "host", "disk")
     )
     assert host.peak == held.peak  # a CPU's memory is the host's
     assert held.peak - disk.peak == (6 - activations.IN_MEMORY) * 512 * 256 * 4
     assert "MB more on disk" in disk.phases[1].parts[0].detail
-    chosen = planner.choose(planner.plan(Choice(1, True, 6, True, 0, "disk", "disk")).most).choice
+    chosen = planner.choose(planner.plan(Choice(1, True, 6, 0, "disk", "disk")).most).choice
     assert chosen.activation_tier == "disk"
     assert "activations on disk" in chosen.text()
     assert planner.choose(10**9).choice.activation_tier == "device"

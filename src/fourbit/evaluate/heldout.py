@@ -12,6 +12,7 @@ from torch import nn
 from fourbit.data.batch import collate
 from fourbit.data.examples import lengths_of
 from fourbit.data.render import Example
+from fourbit.defaults import LOSS_CHUNK
 from fourbit.errors import DataError
 from fourbit.evaluate.batching import length_batches
 from fourbit.evaluate.context import evaluating
@@ -41,12 +42,13 @@ def heldout_loss(
     pad_id: int,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    chunk: int = LOSS_CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeldoutLoss:
     """Mean loss over the trained tokens of all examples, and their number.
 
-    Examples are batched by length; `progress(done, total)` counts examples. Raises DataError if no token
-    of them is trained.
+    Examples are batched by length; chunk is as in `causal_lm_loss`; `progress(done, total)` counts examples.
+    Raises DataError if no token of them is trained.
     """
     device = next(model.parameters()).device
     total, count, done = 0.0, 0, 0
@@ -54,7 +56,7 @@ def heldout_loss(
     with evaluating(model), torch.no_grad():
         for indices in length_batches(lengths_of(examples), tokens_per_batch):
             batch = collate([examples[index] for index in indices], pad_id).to(device)
-            loss, tokens = causal_lm_loss(model, batch)
+            loss, tokens = causal_lm_loss(model, batch, chunk)
             total, count, done = total + float(loss), count + tokens, done + len(indices)
             if progress is not None:
                 progress(done, len(examples))

@@ -1,4 +1,4 @@
-"""Native functions that go over activations once: dropout, RMSNorm, gated activations.
+"""Native functions that go over activations once: dropout, RMSNorm, gated activations, rotary embedding.
 
 Dropout gives the same bytes as `fourbit.reference`; the others sum and approximate in their own way.
 """
@@ -107,3 +107,31 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[T
     )
     check(status, "gated_backward")
     return grad_gate, grad_up
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """The heads of x [B, H, T, D], last dimension contiguous, turned by contiguous cos, sin [B or 1, T, D].
+
+    All of one dtype. Returns [B, H, T, D], which lies in memory as [B, T, H, D]; `back`: the transposed map.
+    """
+    batch, heads, length, width = x.shape
+    y = POOL.empty((batch, length, heads, width), x.dtype)
+    status = library().fb_rotary(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        batch,
+        length,
+        heads,
+        width,
+        x.stride(0),
+        x.stride(2),
+        x.stride(1),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        0 if cos.shape[0] == 1 else length * width,
+        int(back),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status, "rotary")
+    return y.transpose(1, 2)

@@ -50,6 +50,7 @@ _SIGNATURES = {
     "fb_rms_norm_grad": (_I, [_P, _P, _I, _N, _N, _P, _P, _P, _I]),
     "fb_gated": (_I, [_P, _P, _I, _N, _I, _P, _I]),
     "fb_gated_grad": (_I, [_P, _P, _P, _I, _N, _I, _P, _P, _I]),
+    "fb_rotary": (_I, [_P, _I, *[_N] * 7, _P, _P, _N, _I, _P, _I]),
     "fb_adamw": (_I, [_P, _P, _P, _P, _N, _P, _I]),
     "fb_adamw_8bit": (_I, [_P, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
     "fb_attention": (_I, [_P, _I]),

@@ -17,8 +17,6 @@ _FIXED_TOKENS = 64
 _SMALL_CHUNK = 1.02
 #: What reading and writing optimizer states costs a step.
 _PAGING = 1.03
-#: What fresh memory for every block costs a small model (docs/log.md).
-_COMPACTING = 1.35
 #: What writing and reading the inputs of layers costs, beside the computing.
 _WAITING = 1.05
 #: What reading weights from the disk for every micro-batch costs.
@@ -29,31 +27,27 @@ def alternatives(
     effective_batch: int,
     loss_chunk: int,
     tokens: int,
-    heaps: Sequence[bool] = (False,),
     optimizer_memory: int | None = None,
     tiers: Sequence[str] = ("device",),
     activation_tiers: Sequence[str] = ("device",),
 ) -> list[Choice]:
     """All choices, those expected to be faster first.
 
-    heaps             whether the heap may, or must, be compacted
     tiers             where the packed weights may be; those on the disk need activation checkpointing
-    activation_tiers  where the inputs of layers may wait, with activation checkpointing; on the disk only
-                      with a compact heap, which keeps no hole for each
+    activation_tiers  where the inputs of layers may wait, with activation checkpointing
     """
     sizes = [1 << power for power in range(effective_batch.bit_length())]
     rows = sorted({*(size for size in sizes if size <= effective_batch), effective_batch})
     chunks = sorted({loss_chunk, max(1, loss_chunk // 4)})
     found = [
-        Choice(n, recompute, chunk, compact, paged, tier, waiting)
+        Choice(n, recompute, chunk, paged, tier, waiting)
         for n in rows
         for recompute in (False, True)
         for chunk in chunks
-        for compact in heaps
         for paged in dict.fromkeys((optimizer_memory, 0))
         for tier in tiers
         for waiting in (activation_tiers if recompute else ("device",))
-        if (recompute or tier == "device") and (compact or waiting != "disk")
+        if recompute or tier == "device"
     ]
 
     def cost(choice: Choice) -> float:
@@ -62,8 +56,7 @@ def alternatives(
         time *= _SMALL_CHUNK if choice.loss_chunk < loss_chunk else 1
         time *= _PAGING if choice.optimizer_memory == 0 else 1
         time *= _WAITING if choice.activation_tier != "device" else 1
-        time *= _READING if choice.weight_tier != "device" else 1
-        return time * (_COMPACTING if choice.compact_heap else 1)
+        return time * (_READING if choice.weight_tier != "device" else 1)
 
     return sorted(found, key=cost)
 

@@ -13,8 +13,6 @@ from fourbit.kernels.pool import POOL
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGER_BLOCK = 256 << 10
-#: Hidden size from which fresh memory for each block is little beside the products on it (docs/log.md).
-_WIDE = 2048
 
 
 def peak_resident_bytes() -> int:
@@ -43,19 +41,12 @@ def peak_bytes(device: torch.device) -> int:
     return peak_resident_bytes()
 
 
-def wants_compact_heap(asked: bool | None, hidden_size: int, on_cpu: bool, moves: bool = False) -> bool:
-    """Whether a run compacts the heap: as asked, or where holes would take most and time least.
-
-    moves: the inputs of layers to the disk, which leaves a hole for each of them
-    """
-    return on_cpu and (hidden_size >= _WIDE or moves if asked is None else asked)
-
-
 def compact_heap() -> None:
     """From now on give every larger block back to the system as it is freed, where the C library can (glibc).
 
-    Kept in the heap, blocks of a training step leave holes that add a tenth to a third to its peak; fresh
-    from the system each costs page faults.
+    Kept in the heap, blocks of a training step leave holes that add a tenth to a half to its peak, and in no
+    two runs the same. Fresh from the system each costs page faults, which are little beside a step's products
+    while what kernels return comes from a pool (docs/log.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

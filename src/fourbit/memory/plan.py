@@ -47,7 +47,6 @@ class Choice:
     micro_batch               rows computed at once
     activation_checkpointing  whether layers are recomputed in backward
     loss_chunk                MiB of logits formed at once
-    compact_heap              whether freed memory goes back to the system at once (on a CPU)
     optimizer_memory          MiB of optimizer states that stay beside the weights; None: all
     weight_tier               of the packed weights: device, host or disk
     activation_tier           of what checkpointing keeps: device, host, or disk
@@ -56,20 +55,18 @@ class Choice:
     micro_batch: int
     activation_checkpointing: bool
     loss_chunk: int
-    compact_heap: bool = False
     optimizer_memory: int | None = None
     weight_tier: str = "device"
     activation_tier: str = "device"
 
     def text(self) -> str:
         recomputed = "with" if self.activation_checkpointing else "no"
-        heap = ", compact heap" if self.compact_heap else ""
         paged = ", paged optimizer" if self.optimizer_memory is not None else ""
         places = {"device": "", "host": ", weights in host memory", "disk": ", weights on disk"}
         weights = places[self.weight_tier]
         inputs = f", activations on {self.activation_tier}" if self.activation_tier != "device" else ""
         micro_batch = f"micro_batch {self.micro_batch}, {recomputed} checkpointing"
-        return f"{micro_batch}, loss_chunk {self.loss_chunk}{heap}{paged}{weights}{inputs}"
+        return f"{micro_batch}, loss_chunk {self.loss_chunk}{paged}{weights}{inputs}"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""A decoder's norms and gated MLPs as single passes that keep little for backward.
+"""A decoder's norms, gated MLPs and rotary embeddings as single passes that keep little for backward.
 
 `fuse` looks at structure, not at names of architectures: a module with one weight that computes RMS norm,
-with weight or with 1 + weight, and a module whose `gate_proj`, `up_proj` and `down_proj` make a gated MLP.
-Each class is tried with small weights first and is left as it is where the result differs; a norm that is
-trained, and what another library has wrapped, runs its own code.
+with weight or with 1 + weight, a module whose `gate_proj`, `up_proj` and `down_proj` make a gated MLP, and
+one whose code turns queries and keys (`rotary`). Each class is tried with small weights first and is left as
+it is where the result differs; a norm that is trained, and what another library wrapped, runs its own code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourbit.nn import rotary
 from fourbit.nn.remake import remakable
+from fourbit.nn.rotary import calls_rotary, rotary_forward
 from fourbit.ops.elementwise import ACTIVATIONS
 
 _FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, lambda x: F.gelu(x, approximate="tanh"))
@@ -42,8 +44,8 @@ class FuseReport:
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Run the norms and gated MLPs of a transformers model fused from now on; says what it matched."""
-    report, decided = FuseReport(), dict[Any, Callable[[nn.Module, Tensor], Tensor] | str]()
+    """Run a transformers model's norms, gated MLPs, rotary embeddings fused from now on; says which."""
+    report, decided = FuseReport(), dict[Any, Callable[..., Any] | str]()
     for module in model.modules():
         if "forward" in module.__dict__:  # fused already, or wrapped by another library
             continue
@@ -51,6 +53,8 @@ def fuse(model: nn.Module) -> FuseReport:
             kind, decide = "RMS norms", _norm_forward
         elif _is_gated(module):
             kind, decide = "gated MLPs", _gated_forward
+        elif calls_rotary(module):
+            kind, decide = "rotary embeddings", rotary_forward
         else:
             continue
         name = type(module).__name__
@@ -68,8 +72,7 @@ def fuse(model: nn.Module) -> FuseReport:
 def unfuse(model: nn.Module) -> None:
     """Give every module that `fuse` changed its own code back."""
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, MethodType) and forward.__func__.__module__ == __name__:
+        if _is_ours(module.__dict__.get("forward")):
             del module.forward
 
 
@@ -111,8 +114,12 @@ def gated_kind(module: nn.Module) -> int | None:
 def runs_own_code(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward, or ours in its place, and nothing else."""
     forward = module.__dict__.get("forward")
-    ours = forward is None or (isinstance(forward, MethodType) and forward.__func__.__module__ == __name__)
+    ours = forward is None or _is_ours(forward)
     return ours and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, MethodType) and forward.__func__.__module__ in (__name__, rotary.__name__)
 
 
 def _norm_forward(module: Any) -> Callable[[nn.Module, Tensor], Tensor] | str:

@@ -39,7 +39,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> 
     if runs_native(q) and 0 < q.shape[3] <= MOST_WIDTH and q.numel():
         return native_attention.attention(_rows(q), _rows(k), _rows(v), first.contiguous(), scale)
     o, lse = reference.attention(q, k, v, first, scale)
-    return _by_token(o), lse
+    return by_token(o), lse
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _by_token(o: Tensor) -> Tensor:
+def by_token(o: Tensor) -> Tensor:
     """Laid out in memory as [B, T, H, D]."""
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 

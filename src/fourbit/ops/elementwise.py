@@ -1,4 +1,4 @@
-"""RMS norm and gated activations with the gradients in their activations, each a single pass.
+"""RMS norm, gated activations, rotary embedding, and the gradients in their activations, each a single pass.
 
 They are the passes between a decoder layer's matrix products. Written with torch's own operators each takes
 several, of which autograd keeps most results; here backward needs the inputs and one number a row. Weights
@@ -13,11 +13,14 @@ from torch import Tensor
 from fourbit import reference
 from fourbit.errors import QuantizationError
 from fourbit.kernels import elementwise as native_elementwise
+from fourbit.ops.attention import by_token
 from fourbit.ops.codec import check_float
 from fourbit.ops.library import define, runs_native
 
 #: The activations, by the number that the operators take.
 ACTIVATIONS = ("silu", "gelu_tanh")
+#: The widest head that the native rotary embedding turns.
+MOST_TURNED = 1024
 
 
 def _check_norm(x: Tensor, weight: Tensor) -> None:
@@ -88,6 +91,32 @@ def _gated_backward_fake(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> t
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
+def _check_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_float(x.dtype, "queries and keys")
+    fits = x.ndim == 4 and x.shape[3] % 2 == 0 and cos.shape[1:] == (x.shape[2], x.shape[3])
+    alike = cos.dtype == sin.dtype == x.dtype and cos.shape == sin.shape
+    if not fits or not alike or cos.shape[0] not in (1, x.shape[0]):
+        raise QuantizationError(
+            "a rotary embedding of x [B, H, T, D], D even, needs cos, sin [B or 1, T, D] of its dtype; they "
+            f"are {list(x.shape)} of {x.dtype}, {list(cos.shape)} of {cos.dtype}, "
+            f"{list(sin.shape)} of {sin.dtype}"
+        )
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    _check_rotary(x, cos, sin)
+    if runs_native(x) and 0 < x.shape[3] <= MOST_TURNED and x.numel():
+        x = x if x.stride(3) == 1 else x.contiguous()
+        return native_elementwise.rotary(x, cos.contiguous(), sin.contiguous(), back)
+    return by_token(reference.rotary(x, cos, sin, back))
+
+
+def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    _check_rotary(x, cos, sin)
+    batch, heads, length, width = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
 define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm, _norm_fake)
 define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> Tensor",
@@ -100,3 +129,4 @@ define(
     _gated_backward,
     _gated_backward_fake,
 )
+define("rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotary, _rotary_fake)

@@ -104,7 +104,6 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
         "micro_batch": choice.micro_batch,
         "activation_checkpointing": choice.activation_checkpointing,
         "loss_chunk": choice.loss_chunk,
-        "compact_heap": choice.compact_heap,
         "optimizer_memory": choice.optimizer_memory,
         "activation_tier": choice.activation_tier,
     }

@@ -5,7 +5,7 @@ device, threads, instruction set, versions. `--resume` compares them with what i
 may change where a run under the new settings would have come through this very checkpoint. So these may:
 
 - what writes more or less: tensorboard, keep_checkpoints; and where things lie: model.weight_tier,
-  activation_tier, optimizer_memory, compact_heap
+  activation_tier, optimizer_memory
 - paths, and every setting of the data, while base and rows are the same by content
 - epochs, max_steps, warmup_ratio, schedule, learning_rate, while no finished step's learning rate changes
   and the end is not before the checkpoint (so more steps under a constant schedule without warmup)
@@ -42,7 +42,6 @@ _MAY_CHANGE = (
     "train.tensorboard",
     "train.keep_checkpoints",
     "train.activation_tier",
-    "train.compact_heap",
     "train.optimizer_memory",
 )
 _BASE = ("model.path", "model.revision", "model.quant_type", "model.block_size", "model.double_quant")

@@ -317,7 +317,7 @@ def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter,
     began = time.monotonic()
     work.model.eval()
     with autocast(work):
-        result = heldout_loss(work.model, work.heldout, work.pad_id)
+        result = heldout_loss(work.model, work.heldout, work.pad_id, chunk=work.settings.loss_chunk)
     train_mode(work.model)
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:

@@ -76,12 +76,14 @@ def measure_pace(
     model: Any,
     settings: TrainSettings,
     train: Sequence[Example],
+    heldout: Sequence[Example] = (),
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     depth: int | None = None,
 ) -> Pace:
     """The pace of a model with the kernels that it will train with; gradients are cleared, weights stay.
 
-    depth  the layers to give the pace for; None: as many as the model has
+    heldout  rows that evaluations score; none: the pace is given without them
+    depth    the layers to give the pace for; None: as many as the model has
 
     Raises ModelError where its layers cannot be told apart.
     """
@@ -111,8 +113,9 @@ def measure_pace(
     def score(batch: Batch) -> None:
         model.eval()
         with torch.no_grad(), autocast():
-            causal_lm_loss(model, batch)
+            causal_lm_loss(model, batch, settings.loss_chunk)
 
+    scored = 0.0
     few, many = small.input_ids.numel(), large.input_ids.numel()
     depth = depth or _depth(model)
     more = _seconds(model, depth, lambda: step(large))
@@ -123,9 +126,10 @@ def measure_pace(
     else:
         if few < many:
             token = min(token, max(0.0, more - _seconds(model, depth, lambda: step(small))) / (many - few))
-        count = max(1, TOKENS_PER_BATCH // max(length_of(train, row) for row in rows))
-        heldout = collate([train[row] for row in rows[:count]], 0).to(device)
-        scored = _seconds(model, depth, lambda: score(heldout)) / heldout.input_ids.numel()
+        if heldout:  # no more rows than an evaluation takes at once, whose memory is planned
+            count = max(1, TOKENS_PER_BATCH // max(lengths_of(heldout)))
+            batch = collate([heldout[row] for row in range(min(count, len(heldout)))], 0).to(device)
+            scored = _seconds(model, depth, lambda: score(batch)) / batch.input_ids.numel()
     release_free_memory()
     return Pace(more - token * many, token, scored)
 
@@ -150,7 +154,7 @@ def step_seconds(config: RunConfig) -> float:
     mixed = config.lora is None and dtype != torch.float32
     within = (lambda: torch.autocast("cpu", dtype)) if mixed else nullcontext
     depth = int(whole.get_text_config().num_hidden_layers)
-    return measure_pace(model, settings, rows, within, depth).step(settings, rows)
+    return measure_pace(model, settings, rows, (), within, depth).step(settings, rows)
 
 
 def _seconds(model: Any, depth: int, call: Callable[[], None]) -> float:

@@ -23,7 +23,6 @@ from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
 from fourbit.memory.activations import IN_MEMORY
 from fourbit.memory.choose import alternatives, choose
-from fourbit.memory.measure import wants_compact_heap
 from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
 from fourbit.memory.weights import Weights, count_weights
@@ -45,12 +44,7 @@ _PRODUCTS_PER_LINEAR = 4
 _TILES = 4 << 20
 #: What a tokenizer takes for each word.
 _BYTES_PER_WORD = 400
-#: Holes in the C library's heap at the peak of a step, under glibc 2.36 and with the kernels' pool
-#: (docs/log.md): so many times what layers keep and one needs where they are recomputed, else what they keep;
-#: and how many times that runs have been seen to take. A compact heap has none.
-_HOLES_RECOMPUTING, _MOST_RECOMPUTING = 3.0, 4.6
-_HOLES_KEEPING, _MOST_KEEPING = 0.9, 1.1
-#: How much more runs have taken beside holes, as a share of the peak.
+#: How much more runs have taken than predicted, as a share of the peak.
 _MORE = 0.03
 #: What an encoded row takes, wherever its tokens are: its place among them, and numbers that order rows.
 _BYTES_PER_ROW = 200
@@ -81,9 +75,6 @@ class Planner:
             and multiplies_panels(torch.empty(1, 1, dtype=target.dtype), self.weights.codes)
         )
         self._vocabulary = int(base.config.get_text_config().vocab_size)
-        hidden_size = int(base.config.get_text_config().hidden_size)
-        moves = config.train.activation_tier == "disk"
-        self._compacts = wants_compact_heap(config.train.compact_heap, hidden_size, target.on_cpu, moves)
         base_settings = config.model
         self._can_map = target.on_cpu and is_packed(
             base_settings.path, base_settings.revision, base_settings.trust_remote_code
@@ -107,7 +98,6 @@ class Planner:
             train.micro_batch,
             train.activation_checkpointing,
             train.loss_chunk,
-            self._compacts,
             train.optimizer_memory,
             self._config.model.weight_tier,
             train.activation_tier,
@@ -136,7 +126,6 @@ class Planner:
             train.effective_batch,
             train.loss_chunk,
             self._padded(1)[1],
-            (True,) if self._compacts else (False, True) if self._target.on_cpu else (False,),
             train.optimizer_memory,
             self.tiers,
             self.activation_tiers,
@@ -168,12 +157,7 @@ class Planner:
         return replace(plan, uncertain=self._uncertain(plan))
 
     def _uncertain(self, plan: Plan) -> int:
-        if not self._target.on_cpu:
-            return 0
-        holes = sum(part.size for part in plan.highest.parts if part.name == _HOLES)
-        recomputing = plan.choice.activation_checkpointing
-        most = _MOST_RECOMPUTING / _HOLES_RECOMPUTING if recomputing else _MOST_KEEPING / _HOLES_KEEPING
-        return round((most - 1) * holes + _MORE * plan.peak)
+        return round(_MORE * plan.peak) if self._target.on_cpu else 0
 
     @property
     def loaded_bytes(self) -> int:
@@ -277,11 +261,7 @@ class Planner:
             top = Part("loss chunk", loss, f"{choice.loss_chunk} MiB of logits, and gradients")
         else:
             top = Part("one layer", layer, "forward and backward, attention")
-        holes = 0.0
-        if self._target.on_cpu and not choice.compact_heap:
-            recomputing = _HOLES_RECOMPUTING * (needs.highest - elsewhere)
-            holes = recomputing if recompute else _HOLES_KEEPING * needs.kept
-        return Phase("a training step", (kept, top, Part(_HOLES, round(holes), "estimated")))
+        return Phase("a training step", (kept, top))
 
     def _loss(self, rows: int, tokens: int, trained: int, chunk: int, gradient: bool = True) -> int:
         seen = self._rehearsal.loss(rows, tokens, trained, chunk, gradient)
@@ -305,7 +285,6 @@ class Planner:
         return Phase("loading", (Part("largest weight", copies, "as it is read"),), absent=later)
 
 
-_HOLES = "holes in the heap"
 _AFTER_LOADING = (
     "adapters",
     "gradients",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fourbit.config import TrainSettings
 from fourbit.memory.activations import ActivationTier, checkpoint_activations
-from fourbit.memory.measure import compact_heap, release_free_memory
+from fourbit.memory.measure import release_free_memory
 from fourbit.optim import PagedAdamW
 
 
@@ -55,8 +55,6 @@ def relieve(
         checkpoint_activations(base)
     if "activation_tier" in changes:
         tier.use(changes["activation_tier"])
-        if changes["activation_tier"] == "disk":
-            compact_heap()
     if "optimizer_memory" in changes:
         optimizer.set_memory(changes["optimizer_memory"] << 20)
     release_free_memory()

@@ -25,7 +25,7 @@ from fourbit.config_file import dump_config, resolve
 from fourbit.data.examples import Examples
 from fourbit.errors import ConfigError, ModelError, nearest
 from fourbit.kernels import native
-from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory, wants_compact_heap
+from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
 from fourbit.memory.stream import hold_weights, stream_of
@@ -108,7 +108,7 @@ def run(
     """Load the base, attach the adapter and train, all as the settings say.
 
     memory   bytes to stay below, for which micro_batch, activation_checkpointing, activation_tier,
-             loss_chunk, compact_heap, optimizer_memory and model.weight_tier are chosen; raises
+             loss_chunk, optimizer_memory and model.weight_tier are chosen; raises
              MemoryBudgetError before the start where that cannot be
     predict  plan the memory without a budget too, refuse what exceeds the machine's, keep the plan
     """
@@ -191,7 +191,7 @@ def _fit_locked(
     folder = Path(config.output)
     check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
     _, examples, heldout = prepare_data(config, tokenizer, console)
-    base = _use_kernels(model, config, console)
+    _use_kernels(model, config, console)
     config, plan = settled(config, model, int(tokenizer.pad_token_id), console), None
     if budget is not None:
         with console.status("planning memory"):
@@ -221,9 +221,7 @@ def _fit_locked(
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
         highlight=False,
     )
-    hidden_size, settings = base.config.get_text_config().hidden_size, config.train
-    moves = settings.activation_tier == "disk"
-    if wants_compact_heap(settings.compact_heap, hidden_size, work.device.type == "cpu", moves):
+    if work.device.type == "cpu":
         compact_heap()
     release_free_memory()
     done = 0 if resume_from is None else resume_from.state.progress.step
@@ -280,20 +278,19 @@ def _autocast_dtype(
     return None if only_lora or dtype == torch.float32 else dtype
 
 
-def _use_kernels(model: PreTrainedModel | PeftModel, config: RunConfig, console: Console) -> Any:
-    """Compute with our attention, norms and MLPs where the settings and the machine let us; the base."""
+def _use_kernels(model: PreTrainedModel | PeftModel, config: RunConfig, console: Console) -> None:
+    """Compute with our attention and our fused modules where the settings and the machine let us."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if config.train.fused and base.device.type == "cpu" and native.available():
         use_tiled_attention(base)
         console.print(fuse(base).line(), highlight=False, soft_wrap=True)
-    return base
 
 
 def _predict_time(work: Work, console: Console, share: float = 1.0) -> dict[str, Any]:
     """Say how long this share of a run will take; what summary.json keeps is for the whole."""
     try:
         with console.status("timing a few layers"):
-            pace = measure_pace(work.model, work.settings, work.train, lambda: autocast(work))
+            pace = measure_pace(work.model, work.settings, work.train, work.heldout, lambda: autocast(work))
     except ModelError as error:
         console.print(f"time is not predicted: {error}", highlight=False, soft_wrap=True, markup=False)
         return {}

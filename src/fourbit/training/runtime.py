@@ -7,6 +7,7 @@ and kept in the user's cache folder.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ _TIMEOUT = 300
 def runtime_bytes(dtype: torch.dtype) -> int:
     """Resident bytes of a process that has trained, without its model. Takes some ten seconds once."""
     name = str(dtype).removeprefix("torch.")
-    key, file = f"{_versions()} {name}", _cache_file()
+    key, file = f"{_environment()} {name}", _cache_file()
     known: dict[str, int] = {}
     with suppress(OSError, ValueError):
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -49,15 +50,16 @@ def _cache_file() -> Path:
     return cache_folder() / "runtime.json"
 
 
-def _versions() -> str:
-    from importlib.util import find_spec
+def _environment() -> str:
+    """What the figure depends on: every installed distribution, and the number of threads.
 
-    from fourbit.exporting.provenance import versions
-
-    found = versions()
-    names = " ".join(f"{name}-{found[name]}" for name in sorted(found) if name != "code")
-    # PEFT imports it where it is installed.
-    return f"{names} bitsandbytes-{find_spec('bitsandbytes') is not None} threads-{torch.get_num_threads()}"
+    transformers, PEFT and torch import much that they find (SciPy, bitsandbytes, Triton and with it torch's
+    compiler), so what is installed beside them counts, up to 70 MB.
+    """
+    found = {path.name for folder in sys.path for path in Path(folder or ".").glob("*.dist-info")}
+    installed = hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"python-{python} installed-{installed} threads-{torch.get_num_threads()}"
 
 
 def _measure_apart(name: str) -> int:
@@ -97,9 +99,18 @@ def measure(dtype: str) -> int:
         model, tokenizer = prepare_model(config, console)
         fit(model, tokenizer, config, console)
         del model, tokenizer
+    if config.model.compute_dtype == "float32":
+        _use_matrix_library()
     gc.collect()
     release_free_memory()
     return resident_bytes()
+
+
+def _use_matrix_library() -> None:
+    """Products of these two sizes make MKL keep 10 MB a thread, and larger ones no more (docs/log.md)."""
+    weight = torch.ones(8192, 384)
+    for rows in (256, 1024):
+        (torch.ones(rows, 384) @ weight.t()) @ weight
 
 
 def _write_tiny(folder: Path, transformers: Any) -> None:
