@@ -23,7 +23,7 @@
 #endif
 
 // Raised whenever a signature below or its meaning changes; the loader refuses another number.
-#define FB_ABI_VERSION 5
+#define FB_ABI_VERSION 6
 
 FB_API int64_t fb_abi(void);
 

@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import fourbit
 from fourbit.config_file import load_config, resolve
 from fourbit.errors import ConfigError, MemoryBudgetError
+from fourbit.kernels import native
+from fourbit.kernels.pool import POOL
+from fourbit.memory.activations import checkpoint_activations
 from fourbit.memory.cards import find_card
 from fourbit.memory.choose import alternatives, choose
 from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
+from fourbit.memory.tracker import PeakTracker
 from fourbit.memory.weights import count_weights
-from fourbit.model.adapters import parameter_counts
+from fourbit.model.adapters import key_source, parameter_counts
+from fourbit.nn.attention import use_tiled_attention
+from fourbit.nn.fused import fuse
+from fourbit.nn.loss import split_model
+from fourbit.training.loop import train_mode
 from fourbit.training.planner import Planner
 from fourbit.training.prepare import prepare_model
+from fourbit.training.rehearse import Rehearsal
 from fourbit.training.skeleton import run_skeleton
 from fourbit.training.target import Rows, Target
 from tests.tiny import save_llama
@@ -93,36 +104,50 @@ def test_a_plan_adds_up_and_grows_with_what_it_is_for(tmp_path):
     assert more < step(planner(model, Rows(256)), 4, True)
 
 
-def test_rehearsed_activations_are_those_that_a_real_step_keeps(tmp_path):
-    """What autograd saves for backward, counted by its own hooks, is what the rehearsal says is kept."""
-    from rich.console import Console
-
-    from fourbit.memory.tracker import PeakTracker
-    from fourbit.model.adapters import key_source
-    from fourbit.nn.attention import use_tiled_attention
-    from fourbit.nn.fused import fuse
-    from fourbit.nn.loss import split_model
-    from fourbit.training.loop import train_mode
-    from fourbit.training.rehearse import Rehearsal
-
-    save_llama(tmp_path / "model")
-    config = load_config(
-        None, [f"model.path={tmp_path}/model", "data.train=x", "model.compute_dtype=bfloat16"]
-    )
-    needs = Rehearsal(run_skeleton(config, torch.bfloat16), fused=True).layers(3, 64, False)
+def forward_of(folder: Path, rows: int, tokens: int, dtype: str) -> tuple[Rehearsal, Any, Any]:
+    """The rehearsal of a run, its model as it trains, and a forward pass of it through the decoder."""
+    save_llama(folder)
+    config = load_config(None, [f"model.path={folder}", "data.train=x", f"model.compute_dtype={dtype}"])
+    rehearsal = Rehearsal(run_skeleton(config, getattr(torch, dtype)), fused=True, pooled=True)
     model, _ = prepare_model(config, Console(quiet=True))
     use_tiled_attention(model.get_base_model())
     fuse(model.get_base_model())
     train_mode(model)
-    ids, positions = torch.zeros(3, 64, dtype=torch.int64), torch.arange(64).expand(3, 64).contiguous()
-    key_source(model).set(0, 0, ids[:, 0].contiguous(), positions)
-    decoder, _ = split_model(model)
+    ids, positions = torch.zeros(rows, tokens, dtype=torch.int64), torch.arange(tokens).repeat(rows, 1)
     mask = torch.ones_like(ids)
-    mask[0, 60:] = 0
+    mask[0, tokens - 4 :] = 0
+    decoder, _ = split_model(model)
+
+    def forward() -> torch.Tensor:
+        key_source(model).set(0, 0, ids[:, 0].contiguous(), positions)
+        return decoder(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    return rehearsal, model, forward
+
+
+def test_rehearsed_activations_are_those_that_a_real_step_keeps(tmp_path):
+    """What autograd saves for backward, counted by its own hooks, is what the rehearsal says is kept."""
+    rehearsal, model, forward = forward_of(tmp_path / "model", 3, 64, "bfloat16")
     with PeakTracker([*model.parameters(), *model.buffers()]) as tracker:
-        hidden = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    assert hidden.last_hidden_state.shape == (3, 64, 64)
-    assert needs.kept == pytest.approx(tracker.live, rel=0.02)
+        hidden = forward()
+    assert hidden.shape == (3, 64, 64)
+    assert rehearsal.layers(3, 64, False).kept == pytest.approx(tracker.live, rel=0.02)
+
+
+@pytest.mark.skipif(not native.available(), reason="the pool is of native kernels")
+def test_rehearsed_blocks_of_the_pool_are_those_that_recomputing_leaves_free(tmp_path):
+    rehearsal, model, forward = forward_of(tmp_path / "model", 2, 512, "float32")
+    checkpoint_activations(model.get_base_model())
+    POOL.release()
+    forward().sum().backward()
+    hidden = forward()  # held, as the loss holds it
+    POOL._collect()
+    free = sum(len(block) for block in POOL._free.values())
+    assert hidden.requires_grad
+    found = rehearsal.layers(2, 512, True).free
+    assert found == pytest.approx(free, rel=0.25)  # blocks are rounded up
 
 
 def test_the_first_choice_that_fits_is_taken_and_the_rest_explained():

@@ -55,12 +55,13 @@ def model() -> Any:
 def test_layers_and_what_is_around_them_add_up(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch, layer=2e-4, around=1e-3, fixed=0.01)
     settings = TrainSettings(micro_batch=1, effective_batch=4)
-    found = measure_pace(model, settings, rows(16, 32, 64, 128))
+    found = measure_pace(model, settings, rows(16, 32, 64, 128), rows(16, 32, 64, 128))
     token = 6 * 2e-4 + 1e-3
     assert found.token == pytest.approx(token)
     assert found.batch == pytest.approx(0.01)
     assert found.scored == pytest.approx(token, rel=0.02)
     assert found.step(settings, rows(16, 32, 64, 128)) == pytest.approx(4 * 0.01 + 240 * token)
+    assert measure_pace(model, settings, rows(16, 32)).scored == 0.0  # nothing will be
     longer = TrainSettings(micro_batch=1, effective_batch=4, epochs=3, eval_every=2)
     whole = found.run(longer, rows(16, 32, 64, 128), rows(10))
     assert whole == pytest.approx(3 * (4 * 0.01 + 240 * token) + 2 * 10 * found.scored)

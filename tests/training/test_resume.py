@@ -186,7 +186,7 @@ def test_an_early_stop_stays(settings: Any, monkeypatch: pytest.MonkeyPatch) -> 
     class Result:
         loss = 1.0
 
-    monkeypatch.setattr(loop, "heldout_loss", lambda *_: Result())
+    monkeypatch.setattr(loop, "heldout_loss", lambda *_, chunk: Result())
     config = settings(train__max_steps=8, train__eval_every=1, train__early_stop_patience=2)
     assert trained(config)[0] == "early"
     before = contents(config.output)

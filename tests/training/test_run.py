@@ -173,6 +173,16 @@ def test_resuming_where_there_is_nothing(settings: Any) -> None:
         training.run(settings(), quiet(), resume=True)
 
 
+def test_an_evaluation_forms_no_more_logits_at_once_than_a_step(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks: list[int] = []
+    real = loop.heldout_loss
+    monkeypatch.setattr(loop, "heldout_loss", lambda *a, chunk: chunks.append(chunk) or real(*a, chunk=chunk))
+    training.run(settings(train__max_steps=1, train__loss_chunk=3), quiet())
+    assert chunks == [3]
+
+
 def test_the_best_adapter_is_kept_and_a_plateau_stops(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5, 0.1])
 
@@ -181,7 +191,7 @@ def test_the_best_adapter_is_kept_and_a_plateau_stops(settings: Any, monkeypatch
             self.loss = next(losses)
 
     saved = []
-    monkeypatch.setattr(loop, "heldout_loss", lambda *_: Result())
+    monkeypatch.setattr(loop, "heldout_loss", lambda *_, chunk: Result())
     real = loop.checkpoint.save_best
     monkeypatch.setattr(
         loop.checkpoint, "save_best", lambda folder, model: (saved.append(1), real(folder, model))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fourbit.errors import ConfigError
 
-_ABI = 5
+_ABI = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

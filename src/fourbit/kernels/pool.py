@@ -16,6 +16,7 @@ import weakref
 from collections import OrderedDict, deque
 from math import prod
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from fourbit.shapes import rounded_size
 
 #: Smaller results are torch's own: their holes are small too.
-_SMALLEST = 64 << 10
+SMALLEST = 64 << 10
 #: A free block may be so many times as large as what it is to hold.
 _MOST = 4
 _PAGE = mmap.PAGESIZE
@@ -39,25 +40,24 @@ class Pool:
     def __init__(self) -> None:
         self.mapped = 0
         self._lock = Lock()
-        self._free: OrderedDict[int, mmap.mmap] = OrderedDict()  # by number, the longest free first
+        self._free: OrderedDict[int, Any] = OrderedDict()  # by number, the longest free first
         self._by_size: dict[int, list[int]] = {}  # their numbers
         self._numbers = 0
-        self._returned: deque[mmap.mmap] = deque()  # by whoever drops a tensor, at any moment
+        self._returned: deque[Any] = deque()  # by whoever drops a tensor, at any moment
         self._owners: dict[int, weakref.ref[np.ndarray]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous CPU tensor, uninitialised."""
         size = prod(shape) * dtype.itemsize
-        if size < _SMALLEST:
+        if size < SMALLEST:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        with self._lock:
-            block = self._take(rounded_size(-(-size // _PAGE)) * _PAGE)
+        block = self.take(size)
         values = np.frombuffer(block, dtype=np.uint8, count=size)
         number = id(values)
 
         def back(_: object) -> None:
             self._owners.pop(number, None)
-            self._returned.append(block)
+            self.give_back(block)
 
         self._owners[number] = weakref.ref(values, back)
         return torch.from_numpy(values).view(dtype).view(shape)
@@ -67,21 +67,30 @@ class Pool:
         layout = torch.empty_like(x, device="meta").stride()
         return self.empty((x.numel(),), x.dtype).as_strided(x.shape, layout)
 
+    def take(self, size: int) -> Any:
+        """A block that holds so many bytes; who has it gives it back."""
+        with self._lock:
+            return self._take(rounded_size(-(-size // _PAGE)) * _PAGE)
+
+    def give_back(self, block: Any) -> None:
+        """From now on a block is free. At any moment, even while the pool is at work."""
+        self._returned.append(block)
+
     def release(self) -> None:
         """Give what is free back to the system."""
         with self._lock:
             self._collect()
-            self._give_back(self.mapped)
+            self._unmap(self.mapped)
 
-    def _take(self, size: int) -> mmap.mmap:
+    def _take(self, size: int) -> Any:
         self._collect()
         other = size
         while other <= _MOST * size:  # smaller results of a short batch take the places of a long one's
             if numbers := self._by_size.get(other):
                 return self._free.pop(numbers.pop())
             other = rounded_size(other // _PAGE + 1) * _PAGE
-        self._give_back(size)
-        block = _map(size)
+        self._unmap(size)
+        block = self._map(size)
         self.mapped += size
         return block
 
@@ -92,7 +101,7 @@ class Pool:
             self._by_size.setdefault(len(block), []).append(self._numbers)
             self._numbers += 1
 
-    def _give_back(self, size: int) -> None:
+    def _unmap(self, size: int) -> None:
         """At least so much of what is free, if there is so much: the longest free first."""
         while self._free and size > 0:
             number, block = self._free.popitem(last=False)
@@ -101,14 +110,13 @@ class Pool:
             self.mapped -= len(block)
             # Unmapped as its last owner goes, which is here: a view may outlive its tensor for a moment.
 
-
-def _map(size: int) -> mmap.mmap:
-    try:
-        if sys.platform == "win32":
-            return mmap.mmap(-1, size)
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"there is no memory for a result of {size:,} bytes") from error
+    def _map(self, size: int) -> Any:
+        try:
+            if sys.platform == "win32":
+                return mmap.mmap(-1, size)
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"there is no memory for a result of {size:,} bytes") from error
 
 
 POOL = Pool()

@@ -84,7 +84,7 @@ class Planner:
         free = config.train.padding_free
         any_length = ours and takes_any_length(target.dtype, self.weights.codes)
         self._end_to_end = any_length if free is None else free
-        self._rehearsal = Rehearsal(skeleton, fused)
+        self._rehearsal = Rehearsal(skeleton, fused, target.on_cpu and native.available())
 
     def use_rows(self, rows: Rows, end_to_end: bool) -> None:
         """Plan for these rows from now on, laid so in micro-batches."""
@@ -257,8 +257,9 @@ class Planner:
         )
         kept = Part(name, needs.kept - elsewhere, f"{made_of}, {rows} x {tokens:,} tokens{where}")
         layer = needs.highest - needs.kept
-        if loss > layer:
-            top = Part("loss chunk", loss, f"{choice.loss_chunk} MiB of logits, and gradients")
+        if needs.free + loss > layer:
+            free = f", {needs.free / 1e6:,.0f} MB that kernels hold free" if needs.free else ""
+            top = Part("loss chunk", needs.free + loss, f"{choice.loss_chunk} MiB of logits, gradients{free}")
         else:
             top = Part("one layer", layer, "forward and backward, attention")
         return Phase("a training step", (kept, top))
@@ -275,7 +276,11 @@ class Planner:
             return Phase("evaluation", ())
         rows, tokens = min(count, max(1, TOKENS_PER_BATCH // longest)), rounded_size(longest)
         needs = self._rehearsal.forward(rows, tokens)
-        loss = needs.kept + self._loss(rows, tokens, rows * (tokens - 1), choice.loss_chunk, gradient=False)
+        loss = (
+            needs.kept
+            + needs.free
+            + self._loss(rows, tokens, rows * (tokens - 1), choice.loss_chunk, gradient=False)
+        )
         size = max(needs.highest, loss)
         return Phase("evaluation", (Part("forward pass", size, f"{rows} x {tokens:,} tokens"),))
 

@@ -39,21 +39,24 @@ class Needs:
              checkpointing off everything that backward reads
     highest  the peak of going forward and back, `kept` included
     layer    one layer's share of `kept`
+    free     blocks of the kernels' pool that are free beside `kept`
     """
 
     kept: int
     highest: int
     layer: int = 0
+    free: int = 0
 
 
 class Rehearsal:
     """Rehearses steps of a run's skeleton (`run_skeleton`), which it uses up.
 
-    fused  whether attention, norms and MLPs are ours
+    fused   whether attention, norms and MLPs are ours
+    pooled  whether what kernels return lies in their pool
     """
 
-    def __init__(self, model: Any, fused: bool) -> None:
-        self._model = model
+    def __init__(self, model: Any, fused: bool, pooled: bool) -> None:
+        self._model, self._pooled = model, pooled
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder, self._head = split_model(model)
         self._hidden = int(self._base.config.get_text_config().hidden_size)
@@ -115,12 +118,14 @@ class Rehearsal:
 
     def _at_full_depth(self, rows: int, tokens: int) -> Needs:
         counts = [min(self.depth, n) for n in (_FEW, _MORE)]
-        few, more = (self._run(n, rows, tokens) for n in counts)
+        # Before the second micro-batch the kernels' pool is as the first one left it.
+        few, more = (self._run(n, rows, tokens, passes) for n, passes in zip(counts, (1, 2), strict=True))
         layer = more.kept - few.kept
         kept = more.kept + (self.depth - counts[1]) * layer
-        return Needs(kept, kept + more.highest - more.kept, layer)  # one layer at a time goes back
+        # One layer at a time goes back.
+        return Needs(kept, kept + more.highest - more.kept, layer, more.free)
 
-    def _run(self, layers: int, rows: int, tokens: int) -> Needs:
+    def _run(self, layers: int, rows: int, tokens: int, passes: int = 1) -> Needs:
         self._use_layers(layers)
         with self._mode, failing_clearly("memory", self._base):
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
@@ -130,17 +135,20 @@ class Rehearsal:
             if keys is not None:
                 keys.set(0, 0, ids[:, 0].contiguous(), positions)
             decoder, _ = split_model(self._model)
-            with PeakTracker(self._there()) as tracker:
-                hidden = decoder(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-                ).last_hidden_state
-                kept = tracker.live
-                if hidden.requires_grad:
-                    gradient = torch.empty_like(hidden)
-                    hidden.backward(gradient)
+            with PeakTracker(self._there(), self._pooled) as tracker:
+                for _ in range(passes):
+                    hidden = decoder(
+                        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+                    ).last_hidden_state
+                    kept, free = tracker.used, tracker.live - tracker.used
+                    if hidden.requires_grad:
+                        gradient = torch.empty_like(hidden)
+                        hidden.backward(gradient)
+                        del gradient
+                    del hidden
             if keys is not None:
                 keys.clear()
-        return Needs(kept, tracker.peak)
+        return Needs(kept, tracker.peak, free=free)
 
     def _there(self) -> Iterator[Tensor]:
         for tensor in (*self._model.parameters(), *self._model.buffers()):
@@ -164,6 +172,7 @@ def _line(first: Needs, second: Needs, further: int) -> Needs:
         second.kept + further * (second.kept - first.kept),
         second.highest + further * (second.highest - first.highest),
         second.layer + further * (second.layer - first.layer),
+        second.free + further * (second.free - first.free),
     )
 
 
