@@ -134,6 +134,11 @@ def test_a_rotary_embedding_runs_in_its_model_only_and_where_it_fits(monkeypatch
     del called[:]
     with pytest.raises(RuntimeError, match="must match"):  # theirs refuses, as it would have
         turn(queries, queries, half, half)
+    angles = torch.randn(1, 11, 8, requires_grad=True)
+    turn(queries, queries, angles, angles)[0].sum().backward()
+    assert angles.grad is not None
+    odd = torch.randn(2, 2, 11, 6)[..., :5]
+    turn(odd, odd, angles[..., :5].detach(), angles[..., :5].detach())
     turn(queries.transpose(1, 2), queries.transpose(1, 2), torch.randn(1, 11, 8), torch.randn(1, 11, 8), 2)
     assert not called
 

@@ -68,12 +68,16 @@ def _in_place_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     alike = x.dtype == cos.dtype == sin.dtype and x.is_floating_point()
     whole = x.ndim == 4 and cos.shape == sin.shape and cos.shape[1:] == (x.shape[2], x.shape[3])
-    return alike and whole and cos.shape[0] in (1, x.shape[0]) and x.shape[3] <= MOST_TURNED
+    halves = x.shape[-1] % 2 == 0 and x.shape[-1] <= MOST_TURNED
+    fixed = not cos.requires_grad and not sin.requires_grad
+    return alike and whole and halves and fixed and cos.shape[0] in (1, x.shape[0])
 
 
 def _agrees(theirs: Callable[..., Any]) -> bool:
     """Whether a function of this name turns queries and keys as ours does."""
-    if list(inspect.signature(theirs).parameters)[:4] != ["q", "k", "cos", "sin"]:
+    taken = inspect.signature(theirs).parameters.values()
+    needed = [one.name for one in taken if one.default is one.empty]
+    if needed != ["q", "k", "cos", "sin"]:
         return False
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, _HEADS, 3, _WIDTH, generator=generator)
