@@ -140,7 +140,7 @@ COMPILE = $(UV) pip compile --quiet pyproject.toml --group build --universal --p
 
 lock:
 	$(COMPILE) -c requirements/torch.txt -o requirements/lock.txt
-	$(COMPILE) -c requirements/torch.txt -c requirements/lock.txt --extra dev -o requirements/lock-dev.txt
+	$(COMPILE) -c requirements/torch.txt -c requirements/lock.txt --extra dev --group trainers -o requirements/lock-dev.txt
 	$(COMPILE) --resolution lowest-direct --extra dev -o requirements/oldest.txt
 
 clean:

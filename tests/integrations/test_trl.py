@@ -1,0 +1,124 @@
+"""In TRL's trainers: supervised training with our loop's losses, preference training, a head of numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+import fourbit
+from fourbit.data.batch import Batch
+from fourbit.nn.linear import Linear4bit
+from fourbit.nn.lora import LoraLinear
+from fourbit.nn.loss import causal_lm_loss
+from tests.tiny import byte_tokenizer, save_llama
+
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.filterwarnings("ignore")  # what it has to say of transformers
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "sequential",
+    "optim": "adamw_torch",
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model") / "model", torch.float32)
+
+
+def quantized(folder: Path, **settings: Any) -> Any:
+    config = fourbit.FourBitConfig(**settings)
+    return AutoModelForCausalLM.from_pretrained(str(folder), quantization_config=config, dtype=torch.float32)
+
+
+def sft(folder: Path, output: Path, rows: list[dict[str, Any]], model: Any) -> Any:
+    torch.manual_seed(0)
+    arguments = trl.SFTConfig(str(output), max_steps=3, max_grad_norm=1.0, **ARGUMENTS)
+    return trl.SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=byte_tokenizer(),
+        peft_config=LORA,
+    )
+
+
+def rows_of(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"say {n * 'very '}little", "completion": " yes"} for n in range(count)]
+
+
+def test_sft_learns_what_our_loop_does(folder: Path, tmp_path: Path) -> None:
+    rows = rows_of(6)
+    trainer = sft(folder, tmp_path / "run", rows, quantized(folder))
+    model = trainer.model
+    assert sum(isinstance(module, LoraLinear) for module in model.modules()) == 14
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    codes = [module.weight.clone() for module in model.modules() if isinstance(module, Linear4bit)]
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    after = [module.weight for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(codes) == 14
+    assert all(torch.equal(one, two) for one, two in zip(codes, after, strict=True))
+    with torch.no_grad():  # from the same adapters
+        for name, parameter in model.named_parameters():
+            if name in before:
+                parameter.copy_(before[name])
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer, ours = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0), []
+    for start in (0, 2, 4):
+        made = trainer.data_collator([trainer.train_dataset[row] for row in (start, start + 1)])
+        positions = torch.arange(made["input_ids"].shape[1]).expand_as(made["input_ids"])
+        batch = Batch(made["input_ids"], made["attention_mask"], made["labels"], positions, torch.arange(2))
+        total, count = causal_lm_loss(model, batch)
+        assert count == 2 * 5  # " yes" and the end, not the question
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ours.append(float(total.detach()) / count)
+    # The log has four digits.
+    assert [float(loss) for loss in theirs] == pytest.approx(ours, rel=1.5e-4)
+
+
+def test_dpo_prefers_what_was_chosen(folder: Path, tmp_path: Path) -> None:
+    """Before anything is learnt chosen and rejected are one distance from the reference: loss is log 2."""
+    torch.manual_seed(0)
+    rows = [{"prompt": f"say {n}", "chosen": " yes", "rejected": " no, never"} for n in range(4)]
+    arguments = trl.DPOConfig(str(tmp_path / "run"), max_steps=6, **ARGUMENTS)
+    trainer = trl.DPOTrainer(
+        quantized(folder),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=byte_tokenizer(chat=False),
+        peft_config=LORA,
+    )
+    trainer.train()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+    assert losses[-1] < 0.6
+
+
+def test_the_head_that_trl_reads_holds_numbers(folder: Path, tmp_path: Path) -> None:
+    """TRL multiplies with `lm_head.weight` itself: it is not packed, whatever else is."""
+    untied = save_llama(tmp_path / "untied", torch.float32, tied=False)
+    model = quantized(untied, modules_to_not_convert=[])
+    assert model.lm_head.weight.dtype == torch.float32
+    trainer = sft(untied, tmp_path / "run", rows_of(6), model)
+    trainer.train()
+    assert trainer.model.get_output_embeddings().weight is model.lm_head.weight
