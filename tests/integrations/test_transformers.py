@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -159,6 +159,36 @@ def test_stock_peft_gets_our_layers_and_merges_to_floats(folder: Path, loaded: s
     merged = again.merge_and_unload()
     assert not any(isinstance(module, Linear4bit) for module in merged.modules())
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva", "lora_ga"])
+def test_initialisations_of_peft(folder: Path, start: Any) -> None:
+    """What changes only the adapter: its layers are ours, its weights fp32, and the model is the base's."""
+    base = quantized(folder)
+    before = logits(base)
+    model = get_peft_model(base, stock_lora(init_lora_weights=start))
+    weights = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert {p.dtype for p in weights} == {torch.float32}
+    assert sum(isinstance(module, LoraLinear) for module in model.modules()) == 14
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    model(IDS).logits.square().mean().backward()
+    assert all(p.grad is not None for p in weights)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "mica", "loftq"])
+def test_initialisations_that_would_change_packed_weights_are_refused(folder: Path, start: str) -> None:
+    more = {"loftq_config": LoftQConfig()} if start == "loftq" else {}
+    with pytest.raises(ModelError, match=rf"^init_lora_weights='{start[:5]}.*which are in 4 bits here; take"):
+        get_peft_model(quantized(folder), stock_lora(init_lora_weights=start, **more))
+    if start in ("pissa", "olora"):  # plain layers are PEFT's affair
+        plain = llama()
+        wanted = logits(plain)
+        model = fourbit.add_lora(plain, r=4, dropout=0.0)
+        layer = next(module for module in model.modules() if isinstance(module, LoraLinear))
+        layer.pissa_init("default", "pissa") if start == "pissa" else layer.olora_init("default")
+        torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_plain_layers_stay_peft_s_own() -> None:

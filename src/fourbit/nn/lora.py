@@ -97,6 +97,41 @@ class LoraLinear(PeftLinear):
         b: Any = self.lora_B[name].weight
         return _adapter(a, b, float(self.scaling[name]), 0.0, None, 0)
 
+    def pissa_init(self, adapter_name: str, *args: Any) -> None:
+        self._split_base("pissa", super().pissa_init, adapter_name, *args)
+
+    def corda_init(self, adapter_name: str, *args: Any) -> None:
+        self._split_base("corda", super().corda_init, adapter_name, *args)
+
+    def olora_init(self, adapter_name: str, *args: Any) -> None:
+        self._split_base("olora", super().olora_init, adapter_name, *args)
+
+    def mica_init(self, adapter_name: str, *args: Any) -> None:
+        self._split_base("mica", super().mica_init, adapter_name, *args)
+
+    def loftq_init(self, adapter_name: str, *args: Any) -> None:
+        self._split_base("loftq", super().loftq_init, adapter_name, *args)
+
+    def _split_base(self, kind: str, init: Callable[..., None], *args: Any) -> None:
+        """An initialisation that takes its start from the base's weights: refused on packed ones."""
+        if isinstance(self.get_base_layer(), Linear4bit):
+            raise ModelError(
+                f"init_lora_weights='{kind}' starts from the base's weights, which are in 4 bits here; take "
+                "True, 'gaussian', 'orthogonal' or 'eva', or initialise with PEFT on the 16-bit base, save "
+                "that base as it is left, and load it in 4 bits with the adapter"
+            )
+        init(*args)
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """PEFT's, which takes the dtype of the base's weight: packed bytes, so an fp32 layer is shown."""
+        base = self.base_layer
+        if isinstance(base, Linear4bit):
+            self.base_layer = nn.Linear(1, 1, device="meta")
+        try:
+            super().orthogonal_init(adapter_name)  # type: ignore[no-untyped-call]
+        finally:
+            self.base_layer = base
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused on packed weights: adding to 4-bit codes would corrupt them."""
         if isinstance(self.get_base_layer(), Linear4bit):
