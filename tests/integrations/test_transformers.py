@@ -161,6 +161,21 @@ def test_stock_peft_gets_our_layers_and_merges_to_floats(folder: Path, loaded: s
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_adapters_combine_as_peft_combines_them(folder: Path, kind: str) -> None:
+    """These two are exact: with ranks enough the sum of what the adapters add, each with its weight."""
+    model = get_peft_model(quantized(folder), stock_lora(init_lora_weights=False), "one")
+    model.add_adapter("two", stock_lora(init_lora_weights=False))
+    more = {"svd_rank": 8} if kind == "svd" else {}
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "both", combination_type=kind, **more)
+    for layer in (module for module in model.modules() if isinstance(module, LoraLinear)):
+        wanted = 0.7 * layer.get_delta_weight("one") + 0.3 * layer.get_delta_weight("two")
+        torch.testing.assert_close(layer.get_delta_weight("both"), wanted, rtol=1e-4, atol=1e-5)
+    alone = logits(model)
+    model.set_adapter("both")
+    assert not torch.allclose(logits(model), alone)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva", "lora_ga"])
 def test_initialisations_of_peft(folder: Path, start: Any) -> None:
