@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if not word.startswith("-")), None)
+    if argv[:1] == ["--completion"]:
+        return _complete(argv[1:])
     if name not in COMMANDS:
         return _without_command(argv, name)
     parser = Parser(prog="fourbit")
@@ -76,9 +78,23 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _complete(shells: list[str]) -> int:
+    from fourbit.cli.completion import completion
+
+    try:
+        if len(shells) != 1:
+            raise ConfigError("--completion takes the name of a shell, such as bash")
+        print(completion(shells[0], Parser(prog="fourbit"), COMMANDS))
+    except FourBitError as error:
+        print(f"fourbit: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def _without_command(argv: list[str], name: str | None) -> int:
     lines = [f"  {command:<10} {text}" for command, text in COMMANDS.items()]
-    usage = "usage: fourbit COMMAND ...\n\n" + "\n".join(lines) + "\n\n`fourbit COMMAND --help` says more.\n"
+    usage = "usage: fourbit COMMAND ...\n\n" + "\n".join(lines) + "\n\n`fourbit COMMAND --help` says more. "
+    usage += "`fourbit --completion bash` (zsh, tcsh) prints what completes them.\n"
     if argv == ["--version"]:
         print(f"fourbit {__version__}")
         return 0
