@@ -152,6 +152,7 @@ def pure_wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("pure"), CXX="/bin/false")
 
 
+@pytest.mark.slow  # `make test` has built the same library already
 def test_one_wheel_for_every_python_of_a_platform(wheel):
     assert re.fullmatch(rf"fourbit-{fourbit.__version__}-py3-none-(?!any)\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:

@@ -212,7 +212,9 @@ WRITERS: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
 WRITERS["jsonl.gz"] = lambda rows: gzip.compress(WRITERS["jsonl"](rows), 1)
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(suffix, marks=[pytest.mark.slow] * (suffix == "jsonl.gz")) for suffix in WRITERS]
+)
 def test_rows_larger_than_memory(suffix, tmp_path, monkeypatch):
     """The peak of what Python allocates does not grow with the rows, but for their index."""
     monkeypatch.setattr(lines, "_PIECE", 1 << 12)

@@ -118,8 +118,9 @@ class Rehearsal:
 
     def _at_full_depth(self, rows: int, tokens: int) -> Needs:
         counts = [min(self.depth, n) for n in (_FEW, _MORE)]
+        few = self._run(counts[0], rows, tokens)
         # Before the second micro-batch the kernels' pool is as the first one left it.
-        few, more = (self._run(n, rows, tokens, passes) for n, passes in zip(counts, (1, 2), strict=True))
+        more = self._run(counts[1], rows, tokens, passes=2 if self._pooled else 1)
         layer = more.kept - few.kept
         kept = more.kept + (self.depth - counts[1]) * layer
         # One layer at a time goes back.
