@@ -28,21 +28,12 @@ from fourbit.errors import ConfigError, ModelError
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import causal_lm_loss
-from tests.tiny import byte_tokenizer, llama, save_llama
+from tests.integrations.conftest import quantized
+from tests.tiny import byte_tokenizer, llama
 
 IDS = torch.arange(3, 40)[None]
 # What PEFT and transformers have to say of each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model") / "model", torch.float32)
-
-
-def quantized(folder: Path, **settings: Any) -> Any:
-    config = fourbit.FourBitConfig(**settings)
-    return AutoModelForCausalLM.from_pretrained(str(folder), quantization_config=config, dtype=torch.float32)
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
 
-import fourbit
 from fourbit.data.batch import Batch
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import causal_lm_loss
+from tests.integrations.conftest import quantized
 from tests.tiny import byte_tokenizer, save_llama
 
 trl = pytest.importorskip("trl")
@@ -35,16 +34,6 @@ ARGUMENTS: dict[str, Any] = {
     "disable_tqdm": True,
     "save_strategy": "no",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model") / "model", torch.float32)
-
-
-def quantized(folder: Path, **settings: Any) -> Any:
-    config = fourbit.FourBitConfig(**settings)
-    return AutoModelForCausalLM.from_pretrained(str(folder), quantization_config=config, dtype=torch.float32)
 
 
 def sft(folder: Path, output: Path, rows: list[dict[str, Any]], model: Any) -> Any:
