@@ -268,6 +268,12 @@ class TrainSettings(_Settings):
     seed: int = Field(default=0, ge=0, description="seed of split, order, adapter initialisation and dropout")
     tensorboard: bool = Field(default=False, description="also write TensorBoard events into the run folder")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, given: Any) -> Any:
+        # Run folders of earlier versions name it in their config.yaml; it changed memory only.
+        return {k: v for k, v in given.items() if k != "compact_heap"} if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
         if self.packing is not None and self.padding_free is False:

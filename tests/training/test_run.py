@@ -173,6 +173,14 @@ def test_resuming_where_there_is_nothing(settings: Any) -> None:
         training.run(settings(), quiet(), resume=True)
 
 
+def test_a_setting_that_is_gone_does_not_close_old_run_folders(settings: Any) -> None:
+    """Their config.yaml and checkpoints name it; no other unknown setting is taken."""
+    config = settings(train__compact_heap=True)
+    assert "compact_heap" not in config.model_dump()["train"]
+    with pytest.raises(ConfigError, match="compact_heep"):
+        settings(train__compact_heep=True)
+
+
 def test_an_evaluation_forms_no_more_logits_at_once_than_a_step(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

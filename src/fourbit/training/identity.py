@@ -42,6 +42,7 @@ _MAY_CHANGE = (
     "train.tensorboard",
     "train.keep_checkpoints",
     "train.activation_tier",
+    "train.compact_heap",  # of earlier versions
     "train.optimizer_memory",
 )
 _BASE = ("model.path", "model.revision", "model.quant_type", "model.block_size", "model.double_quant")
