@@ -1,6 +1,9 @@
-"""Defaults that code below the settings has too; `config` takes them from here."""
+"""What code at several levels agrees on: defaults that `config` takes from here, and names of PEFT's."""
 
 from __future__ import annotations
 
 #: MiB of fp32 logits that are formed at once in the loss.
 LOSS_CHUNK = 24
+#: How PEFT's `init_lora_weights` begin that take from the base what they put into the adapter, which then
+#: fits the changed base only.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

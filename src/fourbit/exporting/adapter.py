@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fourbit.defaults import CHANGES_BASE
 from fourbit.errors import ModelError
 from fourbit.model.adapter_folder import PREFIX, rank_and_scaling, weights_file
 from fourbit.model.finite import check_stored
@@ -33,8 +34,6 @@ _UNMERGEABLE = (
     "lora_bias", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
-#: Initialisations that change the base as well, so that the adapter fits the changed base only.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _check_mergeable(folder: Path, config: dict[str, Any]) -> None:
         if config.get(key):
             raise ModelError(f"{folder}: an adapter with {key} cannot be merged into plain weights")
     start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGES_BASE):
+    if start.startswith(CHANGES_BASE):
         raise ModelError(
             f"{folder}: started from {start}, which changes the base as well; save it again with "
             "path_initial_model_for_weight_conversion (see PEFT) to make it an ordinary adapter"

@@ -1,6 +1,7 @@
 """Native functions that go over activations once: dropout, RMSNorm, gated activations, rotary embedding.
 
-Dropout gives the same bytes as `fourbit.reference`; the others sum and approximate in their own way.
+Dropout and rotary embedding give the same bytes as `fourbit.reference`; the others sum and approximate in
+their own way.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fourbit.defaults import CHANGES_BASE
 from fourbit.errors import ConfigError, ModelError, nearest
 from fourbit.model.adapter_folder import Adapter, LoraFactors
 
@@ -30,8 +31,6 @@ _SPECIAL = {
     "kasa_config": "it changes the base weights (KaSA)",
     "monteclora_config": "it draws its weights at random (MonteCLoRA)",
 }
-#: Initialisations that subtract from the base what they put into the adapter.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ def _check_special(adapter: Adapter) -> None:
         if adapter.config.get(key):
             raise ModelError(f"{adapter.folder}: cannot be combined ({key}): {reason}")
     start = str(adapter.config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_BASE):
+    if start.startswith(CHANGES_BASE):
         raise ModelError(
             f"{adapter.folder}: cannot be combined: its initialisation ({start}) changed the base; "
             "convert it to plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"

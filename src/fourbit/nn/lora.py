@@ -16,17 +16,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fourbit import functional as F4
+from fourbit.defaults import CHANGES_BASE
 from fourbit.errors import ModelError
 from fourbit.kernels.product import Adapter, Dropout, product_grad
 from fourbit.memory.tracker import has_values
 from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.remake import Remake, remake_of
+
+#: Initialisations that need the base's weights as numbers.
+_FROM_BASE = (*CHANGES_BASE, "mica")
 
 
 class LoraLinear(PeftLinear):
@@ -97,30 +102,18 @@ class LoraLinear(PeftLinear):
         b: Any = self.lora_B[name].weight
         return _adapter(a, b, float(self.scaling[name]), 0.0, None, 0)
 
-    def pissa_init(self, adapter_name: str, *args: Any) -> None:
-        self._split_base("pissa", super().pissa_init, adapter_name, *args)
-
-    def corda_init(self, adapter_name: str, *args: Any) -> None:
-        self._split_base("corda", super().corda_init, adapter_name, *args)
-
-    def olora_init(self, adapter_name: str, *args: Any) -> None:
-        self._split_base("olora", super().olora_init, adapter_name, *args)
-
-    def mica_init(self, adapter_name: str, *args: Any) -> None:
-        self._split_base("mica", super().mica_init, adapter_name, *args)
-
-    def loftq_init(self, adapter_name: str, *args: Any) -> None:
-        self._split_base("loftq", super().loftq_init, adapter_name, *args)
-
-    def _split_base(self, kind: str, init: Callable[..., None], *args: Any) -> None:
-        """An initialisation that takes its start from the base's weights: refused on packed ones."""
-        if isinstance(self.get_base_layer(), Linear4bit):
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """PEFT's, which adds an adapter; refused where it would start from weights that are packed."""
+        start = str(config.init_lora_weights).lower()
+        if isinstance(self.get_base_layer(), Linear4bit) and start.startswith(_FROM_BASE):
             raise ModelError(
-                f"init_lora_weights='{kind}' starts from the base's weights, which are in 4 bits here; take "
-                "True, 'gaussian', 'orthogonal' or 'eva', or initialise with PEFT on the 16-bit base, save "
-                "that base as it is left, and load it in 4 bits with the adapter"
+                f"init_lora_weights='{start}' starts from the base's weights, which are in 4 bits here; take "
+                "True, 'gaussian', 'orthogonal' or 'eva', or convert an adapter made on the 16-bit base to plain "
+                "LoRA first (PEFT's path_initial_model_for_weight_conversion)"
             )
-        init(*args)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def orthogonal_init(self, adapter_name: str) -> None:
         """PEFT's, which takes the dtype of the base's weight: packed bytes, so an fp32 layer is shown."""

@@ -13,13 +13,11 @@ from pathlib import Path
 from peft import LoraConfig
 from transformers import PretrainedConfig
 
+from fourbit.defaults import CHANGES_BASE
 from fourbit.errors import ModelError
 from fourbit.exporting.gguf import architecture
 from fourbit.exporting.gguf.write import file_names, parameter_shapes, written_aside
 from fourbit.model.adapter_folder import LoraFactors, read_adapter, read_config
-
-# Initializations that change the base's weights: the adapter then belongs to the changed base.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def write_lora_gguf(
@@ -93,7 +91,7 @@ def _read_alpha(folder: Path) -> float:
         "its weights are stored transposed (fan_in_fan_out)": adapter.fan_in_fan_out,
         "its alpha is 0": not adapter.lora_alpha,
         f"it was initialized by {adapter.init_lora_weights}, which changed the base's weights": (
-            str(adapter.init_lora_weights).lower().startswith(_CHANGES_BASE)
+            str(adapter.init_lora_weights).lower().startswith(CHANGES_BASE)
         ),
     }
     for reason, applies in reasons.items():
