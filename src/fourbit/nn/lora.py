@@ -110,8 +110,8 @@ class LoraLinear(PeftLinear):
         if isinstance(self.get_base_layer(), Linear4bit) and start.startswith(_FROM_BASE):
             raise ModelError(
                 f"init_lora_weights='{start}' starts from the base's weights, which are in 4 bits here; take "
-                "True, 'gaussian', 'orthogonal' or 'eva', or convert an adapter made on the 16-bit base to plain "
-                "LoRA first (PEFT's path_initial_model_for_weight_conversion)"
+                "True, 'gaussian', 'orthogonal' or 'eva', or convert an adapter made on the 16-bit base to "
+                "plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
             )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
