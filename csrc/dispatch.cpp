@@ -12,20 +12,20 @@ namespace {
 const Kernels scalar_kernels = {"scalar",        scalar::quantize, scalar::dequantize, scalar::has_nonfinite,
                                 scalar::restore, scalar::prepare,  scalar::linear,     scalar::dot,
                                 scalar::dropout, scalar::rms_norm, scalar::rms_norm_grad, scalar::gated,
-                                scalar::gated_grad, scalar::widen, scalar::add, scalar::add_low, scalar::rotate,
+                                scalar::gated_grad, scalar::cross_entropy, scalar::widen, scalar::add, scalar::add_low, scalar::rotate,
                                 scalar::attend, scalar::dense, &scalar::attention, &scalar::attention, nullptr, nullptr};
 #if defined(FB_HAVE_AVX2)
 const Kernels avx2_kernels = {"avx2",          avx2::quantize, avx2::dequantize, avx2::has_nonfinite,
                               scalar::restore, avx2::prepare,  avx2::linear,     avx2::dot,
                               avx2::dropout,   avx2::rms_norm, avx2::rms_norm_grad, avx2::gated,
-                              avx2::gated_grad, avx2::widen, avx2::add, avx2::add_low, avx2::rotate,
+                              avx2::gated_grad, avx2::cross_entropy, avx2::widen, avx2::add, avx2::add_low, avx2::rotate,
                                 avx2::attend, avx2::dense, &avx2::attention, &avx2::attention, nullptr, &avx2::product};
 #endif
 #if defined(FB_HAVE_AVX512)
 const Kernels avx512_kernels = {"avx512",        avx512::quantize, avx512::dequantize, avx512::has_nonfinite,
                                 avx512::restore, avx512::prepare,  avx512::linear,     avx512::dot,
                                 avx512::dropout, avx512::rms_norm, avx512::rms_norm_grad,
-                                avx512::gated,   avx512::gated_grad, avx512::widen, avx512::add, avx512::add_low, avx512::rotate,
+                                avx512::gated, avx512::gated_grad, avx512::cross_entropy, avx512::widen, avx512::add, avx512::add_low, avx512::rotate,
                                 avx512::attend, avx512::dense, &avx512::attention,
                                 &avx512::attention, nullptr, &avx512::product};
 #endif
@@ -34,7 +34,7 @@ const Kernels avx512bf16_kernels = {"avx512bf16",          avx512::quantize, avx
                                     avx512::has_nonfinite, avx512::restore,  avx512bf16::prepare,
                                     avx512bf16::linear,    avx512::dot,      avx512::dropout,
                                     avx512::rms_norm,      avx512::rms_norm_grad, avx512::gated,
-                                    avx512::gated_grad, avx512::widen, avx512::add, avx512::add_low, avx512::rotate,
+                                    avx512::gated_grad, avx512::cross_entropy, avx512::widen, avx512::add, avx512::add_low, avx512::rotate,
                                 avx512::attend, avx512::dense, &avx512bf16::attention, &avx512::attention,
                                     &avx512bf16::product, &avx512::product};
 #endif
@@ -43,7 +43,7 @@ const Kernels avx512bf16_kernels = {"avx512bf16",          avx512::quantize, avx
 const Kernels neon_kernels = {"neon",          neon::quantize,  neon::dequantize, scalar::has_nonfinite,
                               scalar::restore, scalar::prepare, neon::linear,     scalar::dot,
                               scalar::dropout, scalar::rms_norm, scalar::rms_norm_grad, scalar::gated,
-                              scalar::gated_grad, scalar::widen, scalar::add, scalar::add_low, scalar::rotate,
+                              scalar::gated_grad, scalar::cross_entropy, scalar::widen, scalar::add, scalar::add_low, scalar::rotate,
                                 scalar::attend, scalar::dense, &scalar::attention, &scalar::attention, nullptr, nullptr};
 #endif
 

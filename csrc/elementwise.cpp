@@ -1,4 +1,4 @@
-// RMS norm, gated activations and rotary embedding: argument checks and the split over threads.
+// RMS norm, gated activations, rotary embedding and cross-entropy: argument checks and the split over threads.
 #include <algorithm>
 
 #include "convert.h"
@@ -85,6 +85,16 @@ int fb_rotary(const void* x, int dtype, int64_t batch, int64_t length, int64_t h
         }
         kernels().rotate({at(x, row * x_batch + place * x_row, dtype), at(y, t * heads * width, dtype), dtype, heads,
                           width, x_head, turn, lift});
+    });
+    return 0;
+}
+
+int fb_cross_entropy(void* logits, int dtype, int64_t R, int64_t V, const int64_t* labels, float scale, float softcap,
+                     int gradient, float* loss, int threads) {
+    if (!known_dtype(dtype) || R < 0 || V <= 0) return 1;
+    if (std::any_of(labels, labels + R, [V](int64_t label) { return label < 0 || label >= V; })) return 1;
+    each_row(R, V, threads, [&](int64_t r) {
+        kernels().cross_entropy({at(logits, r * V, dtype), dtype, V, labels[r], scale, softcap, gradient != 0, loss + r});
     });
     return 0;
 }

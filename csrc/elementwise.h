@@ -1,11 +1,13 @@
-// RMS norm and gated activations, forward and backward, one row at a time: portable source that each
+// RMS norm, gated activations and cross-entropy, forward and backward, one row at a time: portable source that each
 // instruction set compiles with its own flags.
 //
 // Sums run over sixteen lanes in a fixed order and nothing is contracted, so that every instruction set
 // gives the same bits. Arithmetic is fp32; results are rounded once.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "convert.h"
 #include "exponential.h"
@@ -109,6 +111,44 @@ void gated_grad_run(const GatedRun& run) {
     }
 }
 
+// A logit after its factor and its cap.
+template <int DTYPE, bool CAP>
+inline float capped(const LossRow& row, int64_t k) {
+    const float value = load_as<DTYPE>(row.logits, k) * row.scale;
+    if constexpr (!CAP) return value;
+    return row.softcap * (1.0f - 2.0f / (exponential(2.0f * value / row.softcap) + 1.0f));
+}
+
+template <int DTYPE, bool CAP>
+void cross_entropy_row(const LossRow& row) {
+    float lanes[LANES];
+    for (float& lane : lanes) lane = -std::numeric_limits<float>::infinity();
+    const auto raise = [&](int lane, float value) { lanes[lane] = value > lanes[lane] ? value : lanes[lane]; };
+    int64_t k = 0;
+    for (; k + LANES <= row.words; k += LANES)
+        for (int lane = 0; lane < LANES; ++lane) raise(lane, capped<DTYPE, CAP>(row, k + lane));
+    for (int lane = 0; k < row.words; ++k, ++lane) raise(lane, capped<DTYPE, CAP>(row, k));
+    const float highest = *std::max_element(lanes, lanes + LANES);
+    double total = 0.0;  // of runs of fp32 sums: a vocabulary has a quarter of a million words
+    for (int64_t first = 0; first < row.words; first += 4096)
+        total += lane_sum(std::min<int64_t>(4096, row.words - first), [&](int64_t i) {
+            return exponential(capped<DTYPE, CAP>(row, first + i) - highest);
+        });
+    const float wanted = capped<DTYPE, CAP>(row, row.label);
+    *row.loss = float(std::log(total) + (double(highest) - wanted));
+    if (!row.gradient) return;
+    const float share = float(1.0 / total);
+    const auto slope = [&](float value, float hit) {
+        const float grad = (exponential(value - highest) * share - hit) * row.scale;
+        if constexpr (!CAP) return grad;
+        const float ratio = value / row.softcap;
+        return grad * (1.0f - ratio * ratio);
+    };
+    for (k = 0; k < row.words; ++k)
+        store_as<DTYPE>(row.logits, k, slope(capped<DTYPE, CAP>(row, k), 0.0f));
+    store_as<DTYPE>(row.logits, row.label, slope(wanted, 1.0f));
+}
+
 }  // namespace
 
 // The kernels of one instruction set, in its namespace; see kernels.h.
@@ -135,5 +175,11 @@ void gated_grad_run(const GatedRun& run) {
         if (run.dtype == FP32) (silu ? gated_grad_run<FP32, SILU> : gated_grad_run<FP32, GELU_TANH>)(run); \
         if (run.dtype == BF16) (silu ? gated_grad_run<BF16, SILU> : gated_grad_run<BF16, GELU_TANH>)(run); \
         if (run.dtype == FP16) (silu ? gated_grad_run<FP16, SILU> : gated_grad_run<FP16, GELU_TANH>)(run); \
+    }                                                                         \
+    void cross_entropy(const LossRow& row) {                                  \
+        const bool cap = row.softcap != 0.0f;                                 \
+        if (row.dtype == FP32) (cap ? cross_entropy_row<FP32, true> : cross_entropy_row<FP32, false>)(row); \
+        if (row.dtype == BF16) (cap ? cross_entropy_row<BF16, true> : cross_entropy_row<BF16, false>)(row); \
+        if (row.dtype == FP16) (cap ? cross_entropy_row<FP16, true> : cross_entropy_row<FP16, false>)(row); \
     }                                                                         \
     }

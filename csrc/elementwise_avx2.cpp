@@ -1,4 +1,4 @@
-// RMS norm and gated activations, compiled for AVX2.
+// RMS norm, gated activations and cross-entropy, compiled for AVX2.
 #include "elementwise.h"
 
 FB_ELEMENTWISE(avx2)

@@ -1,4 +1,4 @@
-// RMS norm and gated activations, compiled for AVX-512.
+// RMS norm, gated activations and cross-entropy, compiled for AVX-512.
 #include "elementwise.h"
 
 FB_ELEMENTWISE(avx512)

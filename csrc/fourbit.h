@@ -23,7 +23,7 @@
 #endif
 
 // Raised whenever a signature below or its meaning changes; the loader refuses another number.
-#define FB_ABI_VERSION 6
+#define FB_ABI_VERSION 7
 
 FB_API int64_t fb_abi(void);
 
@@ -127,6 +127,12 @@ FB_API int fb_gated_grad(const void* grad, const void* gate, const void* up, int
 FB_API int fb_rotary(const void* x, int dtype, int64_t batch, int64_t length, int64_t heads, int64_t width,
                      int64_t x_batch, int64_t x_row, int64_t x_head, const void* cos, const void* sin,
                      int64_t angles_batch, int back, void* y, int threads);
+
+// loss[R] of logits[R,V] and labels[R], each a word: -log softmax(cap(scale logits))[label], fp32, with cap(z) =
+// softcap tanh(z / softcap), or z where softcap is 0. With `gradient` the gradients of the losses with respect to the
+// logits take the logits' place.
+FB_API int fb_cross_entropy(void* logits, int dtype, int64_t R, int64_t V, const int64_t* labels, float scale,
+                            float softcap, int gradient, float* loss, int threads);
 
 // One step of AdamW (arXiv:1711.05101), in place: weight, grad, mean and square [n]. The eight coefficients are
 // 1 - rate decay, b1, 1 - b1, b2, 1 - b2, 1 / sqrt(1 - b2^t), eps, rate / (1 - b1^t). With 8-bit states each

@@ -67,6 +67,17 @@ struct GatedRun {
     int64_t n;
 };
 
+// One row of logits and the word that came: -log softmax(cap(scale logits))[label], cap(z) = softcap tanh(z / softcap)
+// unless softcap is 0. The gradient takes the logits' place.
+struct LossRow {
+    void* logits;  // [words]
+    int dtype;
+    int64_t words, label;
+    float scale, softcap;
+    bool gradient;
+    float* loss;
+};
+
 // y [n] = y + low [rank] times up [rank, n].
 struct LowRow {
     const float *low, *up;
@@ -182,6 +193,7 @@ struct ProductKernels {
     void rms_norm_grad(const NormRow& row);                                                           \
     void gated(const GatedRun& run);                                                                  \
     void gated_grad(const GatedRun& run);                                                             \
+    void cross_entropy(const LossRow& row);                                                           \
     void widen(const void* x, int dtype, int64_t n, float* out);                                      \
     void add(void* y, const void* x, int dtype, int64_t n);                                           \
     void add_low(const LowRow& row);                                                                  \
@@ -212,6 +224,7 @@ struct Kernels {
     decltype(scalar::rms_norm_grad)* rms_norm_grad;
     decltype(scalar::gated)* gated;
     decltype(scalar::gated_grad)* gated_grad;
+    decltype(scalar::cross_entropy)* cross_entropy;
     decltype(scalar::widen)* widen;  // this and the next four: between the products of a decoded token, decode.h
     decltype(scalar::add)* add;
     decltype(scalar::add_low)* add_low;

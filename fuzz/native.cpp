@@ -255,6 +255,18 @@ void rows() {
     everywhere("fb_gated_grad", false, {Buffer(bytes), Buffer(bytes)}, [&](auto& out) {
         return fb_gated_grad(grad.at(), x.at(), y.at(), dtype, n, kind, out[0].at(), out[1].at(), threads());
     });
+    std::vector<int64_t> labels(static_cast<size_t>(t));
+    for (auto& label : labels) label = below(k);
+    const float softcap = chance(2) ? 0.0f : 7.0f;
+    const auto losses = [&](auto& out) {
+        return fb_cross_entropy(out[0].at(), dtype, t, k, labels.data(), 0.5f, softcap, kind,
+                                out[1].template at<float>(), threads());
+    };
+    everywhere("fb_cross_entropy", finite(x, dtype, n), {x, Buffer(4 * t)}, losses);
+    if (t > 0) {
+        labels.back() = chance(2) ? k : -1;
+        everywhere("fb_cross_entropy", true, {x, Buffer(4 * t)}, losses, true);
+    }
     const int64_t batch = between(1, 3), heads = between(1, 4), width = 2 * between(1, 40), row = heads * width;
     const int64_t total = batch * row * t, apart = chance(2) ? t * width : 0;
     Buffer q = values(dtype, total), cos = values(dtype, batch * t * width), sin = values(dtype, batch * t * width);

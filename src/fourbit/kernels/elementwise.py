@@ -1,4 +1,4 @@
-"""Native functions that go over activations once: dropout, RMSNorm, gated activations, rotary embedding.
+"""Native functions that go over activations once: dropout, RMSNorm, gates, rotary embedding, cross-entropy.
 
 Dropout and rotary embedding give the same bytes as `fourbit.reference`; the others sum and approximate in
 their own way.
@@ -136,3 +136,27 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     )
     check(status, "rotary")
     return y.transpose(1, 2)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, gradient: bool
+) -> Tensor:
+    """-log softmax(cap(scale * logits))[label] of each row, fp32 [R]; cap(z) = softcap * tanh(z / softcap).
+
+    logits    contiguous [R, V]; with `gradient` overwritten by the losses' gradients with respect to them
+    labels    int64 [R], each a word
+    """
+    loss = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
+    status = library().fb_cross_entropy(
+        logits.data_ptr(),
+        DTYPES[logits.dtype],
+        *logits.shape,
+        labels.contiguous().data_ptr(),
+        scale,
+        softcap or 0.0,
+        int(gradient),
+        loss.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status, "cross_entropy")
+    return loss

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fourbit.errors import ConfigError
 
-_ABI = 6
+_ABI = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -51,6 +51,7 @@ _SIGNATURES = {
     "fb_gated": (_I, [_P, _P, _I, _N, _I, _P, _I]),
     "fb_gated_grad": (_I, [_P, _P, _P, _I, _N, _I, _P, _P, _I]),
     "fb_rotary": (_I, [_P, _I, *[_N] * 7, _P, _P, _N, _I, _P, _I]),
+    "fb_cross_entropy": (_I, [_P, _I, _N, _N, _P, c_float, c_float, _I, _P, _I]),
     "fb_adamw": (_I, [_P, _P, _P, _P, _N, _P, _I]),
     "fb_adamw_8bit": (_I, [_P, _P, _P, _P, _P, _P, _N, _P, _P, _P, _I]),
     "fb_attention": (_I, [_P, _I]),

@@ -100,7 +100,7 @@ def row_losses(model: nn.Module, batch: HasLabels) -> tuple[list[float], list[in
             return [0.0] * wanted.shape[0], [0] * wanted.shape[0]
         rows_at_once = _chunk_rows(_vocabulary(head.module), LOSS_CHUNK)
         losses = [
-            F.cross_entropy(head.logits(part).float(), wished, reduction="none").double()
+            cross_entropy(head.logits(part).contiguous(), wished, 1.0, None, gradient=False).double()
             for part, wished in zip(taken.split(rows_at_once), labels.split(rows_at_once), strict=True)
         ]
         rows = wanted.nonzero()[:, 0]
@@ -193,24 +193,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        first = with_rounded_rows(hidden[:rows])  # no chunk has more rows
+        room = torch.empty(len(first), len(matrix), dtype=hidden.dtype, device=hidden.device)
         for start in range(0, labels.numel(), rows):
             chunk = slice(start, start + rows)
-            taken = hidden[chunk]
-            loss, grad_logits = cross_entropy(
-                (with_rounded_rows(taken) @ matrix.t())[: taken.shape[0]],  # [rows, V], held by nobody here
-                labels[chunk],
-                scale,
-                softcap,
-                need_hidden or need_weight,
-            )
-            total += loss
-            if grad_logits is None:
-                continue
-            small = grad_logits.to(hidden.dtype)
+            taken, wanted = with_rounded_rows(hidden[chunk]), labels[chunk]
+            logits, count = room[: len(taken)], len(wanted)
+            torch.mm(taken, matrix.t(), out=logits)
+            total += cross_entropy(logits[:count], wanted, scale, softcap, need_hidden or need_weight).sum()
+            # From here on the gradients, which have taken the logits' place.
             if grad_hidden is not None:
-                grad_hidden[chunk] = (with_rounded_rows(small) @ matrix)[: taken.shape[0]]
+                logits[count:] = 0
+                grad_hidden[chunk] = (logits @ matrix)[:count]
             if grad_weight is not None:
-                grad_weight += small.t() @ taken
+                grad_weight += logits[:count].t() @ taken[:count]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
