@@ -62,7 +62,7 @@ class Step {
     void* room(Room& where, int64_t width) { return where.at_least<char>(d.rows * width * dtype_bytes(d.dtype)); }
 
     void norm(const void* x, int64_t rows, int64_t width, const float* weight, void* y, float* scales) {
-        fb_rms_norm(x, d.dtype, rows, width, weight, d.eps, y, scales, with_work(rows * width * 8, threads));
+        fb_rms_norm(x, nullptr, d.dtype, rows, width, weight, d.eps, nullptr, y, scales, with_work(rows * width * 8, threads));
     }
 
     void linear(const FbDecodeLinear& layer, const void* x, void* y) {

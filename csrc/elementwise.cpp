@@ -29,21 +29,25 @@ char* at(void* base, int64_t index, int dtype) { return static_cast<char*>(base)
 
 }  // namespace
 
-int fb_rms_norm(const void* x, int dtype, int64_t T, int64_t K, const float* weight, float eps, void* y,
-                float* scale, int threads) {
+int fb_rms_norm(const void* x, const void* more, int dtype, int64_t T, int64_t K, const float* weight, float eps,
+                void* sum, void* y, float* scale, int threads) {
     if (!known_dtype(dtype) || T < 0 || K <= 0) return 1;
     each_row(T, K, threads, [&](int64_t t) {
-        kernels().rms_norm({at(x, t * K, dtype), nullptr, weight, at(y, t * K, dtype), scale + t, dtype, K, eps});
+        kernels().rms_norm({at(x, t * K, dtype), more ? at(more, t * K, dtype) : nullptr,
+                            more ? at(sum, t * K, dtype) : nullptr, weight, at(y, t * K, dtype), scale + t, dtype, K,
+                            eps});
     });
     return 0;
 }
 
-int fb_rms_norm_grad(const void* grad, const void* x, int dtype, int64_t T, int64_t K, const float* weight,
-                     float* scale, void* grad_x, int threads) {
-    if (!known_dtype(dtype) || T < 0 || K <= 0) return 1;
+int fb_rms_norm_grad(const void* grad, const void* second, const void* third, const void* passed, const void* x,
+                     int dtype, int64_t T, int64_t K, const float* weight, const float* scale, void* grad_x,
+                     int threads) {
+    if (!known_dtype(dtype) || T < 0 || K <= 0 || (third && !second)) return 1;
     each_row(T, K, threads, [&](int64_t t) {
-        kernels().rms_norm_grad({at(x, t * K, dtype), at(grad, t * K, dtype), weight, at(grad_x, t * K, dtype),
-                                 scale + t, dtype, K, 0.0f});
+        const auto row = [&](const void* tensor) -> const void* { return tensor ? at(tensor, t * K, dtype) : nullptr; };
+        kernels().rms_norm_grad({{row(grad), row(second), row(third)}, row(passed), row(x), weight,
+                                 at(grad_x, t * K, dtype), scale + t, dtype, K});
     });
     return 0;
 }

@@ -73,26 +73,47 @@ inline Activated activate(float g) {
 
 template <int DTYPE>
 void rms_norm_row(const NormRow& row) {
+    const void* x = row.x;
+    if (row.more) {
+        for (int64_t k = 0; k < row.K; ++k)
+            store_as<DTYPE>(row.sum, k, load_as<DTYPE>(row.x, k) + load_as<DTYPE>(row.more, k));
+        x = row.sum;
+    }
     const float squares = lane_sum(row.K, [&](int64_t k) {
-        const float value = load_as<DTYPE>(row.x, k);
+        const float value = load_as<DTYPE>(x, k);
         return value * value;
     });
     const float scale = 1.0f / std::sqrt(squares / float(row.K) + row.eps);
-    for (int64_t k = 0; k < row.K; ++k) store_as<DTYPE>(row.y, k, load_as<DTYPE>(row.x, k) * scale * row.weight[k]);
+    for (int64_t k = 0; k < row.K; ++k) store_as<DTYPE>(row.y, k, load_as<DTYPE>(x, k) * scale * row.weight[k]);
     *row.scale = scale;
 }
 
-template <int DTYPE>
-void rms_norm_grad_row(const NormRow& row) {
+template <int DTYPE, int COUNT>
+void rms_norm_grad_row(const NormGradRow& row) {
+    const auto grad = [&](int64_t k) {
+        float sum = load_as<DTYPE>(row.grads[0], k);
+        if constexpr (COUNT > 1) sum += load_as<DTYPE>(row.grads[1], k);
+        if constexpr (COUNT > 2) sum += load_as<DTYPE>(row.grads[2], k);
+        return sum;
+    };
     const float scale = *row.scale;
-    const float inner = lane_sum(row.K, [&](int64_t k) {
-        return load_as<DTYPE>(row.grad, k) * row.weight[k] * load_as<DTYPE>(row.x, k);
-    });
+    const float inner =
+        lane_sum(row.K, [&](int64_t k) { return grad(k) * row.weight[k] * load_as<DTYPE>(row.x, k); });
     // d/dx of x s(x): s g w - x s^3 <g w, x> / K
     const float along = scale * scale * scale * (inner / float(row.K));
-    for (int64_t k = 0; k < row.K; ++k)
-        store_as<DTYPE>(row.y, k,
-                        scale * (load_as<DTYPE>(row.grad, k) * row.weight[k]) - along * load_as<DTYPE>(row.x, k));
+    const auto slope = [&](int64_t k) { return scale * (grad(k) * row.weight[k]) - along * load_as<DTYPE>(row.x, k); };
+    if (row.passed)
+        for (int64_t k = 0; k < row.K; ++k)
+            store_as<DTYPE>(row.grad_x, k, slope(k) + load_as<DTYPE>(row.passed, k));
+    else
+        for (int64_t k = 0; k < row.K; ++k) store_as<DTYPE>(row.grad_x, k, slope(k));
+}
+
+template <int DTYPE>
+void rms_norm_grad_of(const NormGradRow& row) {
+    if (row.grads[2]) return rms_norm_grad_row<DTYPE, 3>(row);
+    if (row.grads[1]) return rms_norm_grad_row<DTYPE, 2>(row);
+    rms_norm_grad_row<DTYPE, 1>(row);
 }
 
 template <int DTYPE, int KIND>
@@ -159,10 +180,10 @@ void cross_entropy_row(const LossRow& row) {
         if (row.dtype == BF16) rms_norm_row<BF16>(row);                       \
         if (row.dtype == FP16) rms_norm_row<FP16>(row);                       \
     }                                                                         \
-    void rms_norm_grad(const NormRow& row) {                                  \
-        if (row.dtype == FP32) rms_norm_grad_row<FP32>(row);                  \
-        if (row.dtype == BF16) rms_norm_grad_row<BF16>(row);                  \
-        if (row.dtype == FP16) rms_norm_grad_row<FP16>(row);                  \
+    void rms_norm_grad(const NormGradRow& row) {                              \
+        if (row.dtype == FP32) rms_norm_grad_of<FP32>(row);                   \
+        if (row.dtype == BF16) rms_norm_grad_of<BF16>(row);                   \
+        if (row.dtype == FP16) rms_norm_grad_of<FP16>(row);                   \
     }                                                                         \
     void gated(const GatedRun& run) {                                         \
         const bool silu = run.kind == SILU;                                   \

@@ -109,11 +109,14 @@ FB_API int fb_dropout(const void* x, int dtype, int64_t T, int64_t K, const int6
                       int threads);
 
 // RMS norm (arXiv:1910.07467): y[T,K] = x s weight with s[t] = 1 / sqrt(mean(x[t]^2) + eps), the fp32 `scale`
-// that backward needs; weight is fp32 [K]. The gradient is that in x; grad_x may be grad.
-FB_API int fb_rms_norm(const void* x, int dtype, int64_t T, int64_t K, const float* weight, float eps, void* y,
-                       float* scale, int threads);
-FB_API int fb_rms_norm_grad(const void* grad, const void* x, int dtype, int64_t T, int64_t K,
-                            const float* weight, float* scale, void* grad_x, int threads);
+// that backward needs; weight is fp32 [K]. Unless `more` is null, of sum = x + more, rounded, in place of x. The gradient
+// is that in x, of the sum of the gradients of y (second and third may be null), plus `passed` unless that is null; it
+// is rounded once, and grad_x may be any of them.
+FB_API int fb_rms_norm(const void* x, const void* more, int dtype, int64_t T, int64_t K, const float* weight, float eps,
+                       void* sum, void* y, float* scale, int threads);
+FB_API int fb_rms_norm_grad(const void* grad, const void* second, const void* third, const void* passed, const void* x,
+                            int dtype, int64_t T, int64_t K, const float* weight, const float* scale, void* grad_x,
+                            int threads);
 
 // out[n] = activation(gate[n]) * up[n] (arXiv:2002.05202) and its gradients; kind 0 SiLU, 1 GELU by tanh.
 FB_API int fb_gated(const void* gate, const void* up, int dtype, int64_t n, int kind, void* out, int threads);

@@ -40,17 +40,30 @@ struct DropoutRow {
     float scale;
 };
 
-// One row of RMS norm: x, y [K]. Forward writes y = x s w and s = 1 / sqrt(mean(x^2) + eps); backward reads s
-// and grad, and writes the gradient in x to y.
+// One row of RMS norm: y = x s w [K] and s = 1 / sqrt(mean(x^2) + eps); of sum = x + more in place of x where more
+// is not null.
 struct NormRow {
     const void* x;
-    const void* grad;
+    const void* more;
+    void* sum;
     const float* weight;  // [K]
     void* y;
     float* scale;  // [1]
     int dtype;
     int64_t K;
     float eps;
+};
+
+// Its gradient in x, of the sum of one to three gradients of y, and then plus `passed` unless that is null.
+struct NormGradRow {
+    const void* grads[3];  // the last ones may be null
+    const void* passed;
+    const void* x;
+    const float* weight;
+    void* grad_x;
+    const float* scale;
+    int dtype;
+    int64_t K;
 };
 
 enum Activation : int { SILU = 0, GELU_TANH = 1 };
@@ -190,7 +203,7 @@ struct ProductKernels {
     void dropout(const DropoutRow& row);                                                              \
     void kept(const DropoutRow& row, uint32_t* bits);                                                 \
     void rms_norm(const NormRow& row);                                                                \
-    void rms_norm_grad(const NormRow& row);                                                           \
+    void rms_norm_grad(const NormGradRow& row);                                                           \
     void gated(const GatedRun& run);                                                                  \
     void gated_grad(const GatedRun& run);                                                             \
     void cross_entropy(const LossRow& row);                                                           \

@@ -241,13 +241,16 @@ void rows() {
     const int dtype = static_cast<int>(below(3)), kind = static_cast<int>(below(2));
     const int64_t t = between(0, 9), k = between(1, 300), n = t * k, bytes = n * kWidth[dtype];
     Buffer x = values(dtype, n), y = values(dtype, n), grad = values(dtype, n), weight = floats(k), scale = floats(t);
-    everywhere("fb_rms_norm", false, {Buffer(bytes), Buffer(4 * t)}, [&](auto& out) {
-        return fb_rms_norm(x.at(), dtype, t, k, weight.at<float>(), 1e-5f, out[0].at(), out[1].template at<float>(),
-                           threads());
+    const bool more = chance(2);
+    everywhere("fb_rms_norm", false, {Buffer(bytes), Buffer(4 * t), Buffer(bytes)}, [&](auto& out) {
+        return fb_rms_norm(x.at(), more ? y.at() : nullptr, dtype, t, k, weight.at<float>(), 1e-5f, out[2].at(),
+                           out[0].at(), out[1].template at<float>(), threads());
     });
+    const int64_t grads = between(1, 3);
     everywhere("fb_rms_norm_grad", false, {Buffer(bytes)}, [&](auto& out) {
-        return fb_rms_norm_grad(grad.at(), x.at(), dtype, t, k, weight.at<float>(), scale.at<float>(), out[0].at(),
-                                threads());
+        return fb_rms_norm_grad(grad.at(), grads > 1 ? y.at() : nullptr, grads > 2 ? x.at() : nullptr,
+                                more ? y.at() : nullptr, x.at(), dtype, t, k, weight.at<float>(), scale.at<float>(),
+                                out[0].at(), threads());
     });
     everywhere("fb_gated", false, {Buffer(bytes)}, [&](auto& out) {
         return fb_gated(x.at(), y.at(), dtype, n, kind, out[0].at(), threads());

@@ -22,6 +22,8 @@ Everything here runs on any device, in pieces of bounded size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -206,11 +208,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * scale[:, None] * weight).to(x.dtype), scale
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Its gradient in x: s (g w - x s^2 mean(g w x)), in x's dtype."""
-    wide, weighted = x.float(), grad.float() * weight
+def rms_norm_backward(
+    grads: Sequence[Tensor], passed: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:
+    """Its gradient in x: s (g w - x s^2 mean(g w x)), g the sum of grads, plus passed; rounded once."""
+    wide, weighted = x.float(), sum(grad.float() for grad in grads) * weight
     along = (weighted * wide).mean(dim=-1, keepdim=True) * scale[:, None] ** 2
-    return (scale[:, None] * (weighted - along * wide)).to(x.dtype)
+    grad_x = scale[:, None] * (weighted - along * wide)
+    return (grad_x if passed is None else grad_x + passed.float()).to(x.dtype)
 
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:

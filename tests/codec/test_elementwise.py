@@ -42,9 +42,24 @@ def test_rms_norm(implementation: str, shape: tuple[int, int], dtype: torch.dtyp
     y, scale = ops.rms_norm(x, weight, 1e-5)
     no_worse(y, torch_s[0], truth[0], EPSILON[dtype])
     # With a single column the gradient cancels to almost nothing; its error is measured by its terms.
-    grad_x = ops.rms_norm_backward(grad, x, weight, scale)
+    grad_x = ops.rms_norm_backward([grad], None, x, weight, scale)
     if shape[1] > 1:
         no_worse(grad_x, torch_s[1], truth[1], EPSILON[dtype])
+
+
+@pytest.mark.parametrize("grads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_around_a_norm(implementation: str, dtype: torch.dtype, grads: int) -> None:
+    x, more, passed, *given = (torch.randn(7, 577).to(dtype) for _ in range(3 + grads))
+    weight = torch.randn(577)
+    total, y, scale = ops.add_rms_norm(x, more, weight, 1e-5)
+    assert torch.equal(total, x + more)
+    assert torch.equal(ops.add(x, more), total)
+    assert all(torch.equal(a, b) for a, b in zip((y, scale), ops.rms_norm(total, weight, 1e-5), strict=True))
+    exact = sum(grad.double() for grad in given)
+    truth = norm_of(total.double(), weight, exact)[1] + passed.double()
+    theirs = norm_of(total, weight, sum(given))[1] + passed
+    no_worse(ops.rms_norm_backward(given, passed, total, weight, scale), theirs, truth, EPSILON[dtype])
 
 
 @pytest.mark.parametrize("kind", [0, 1])
@@ -121,7 +136,9 @@ def test_the_same_bits_for_every_instruction_set_and_number_of_threads(
             [
                 y,
                 scale,
-                native_elementwise.rms_norm_backward(grad, x, weight, scale),
+                native_elementwise.rms_norm_backward([grad], None, x, weight, scale),
+                native_elementwise.rms_norm_backward([grad, x, up], up, x, weight, scale),
+                *native_elementwise.add_rms_norm(x, up, weight, 1e-6),
                 *(native_elementwise.gated(x, up, kind) for kind in (0, 1)),
                 *(part for kind in (0, 1) for part in native_elementwise.gated_backward(grad, x, up, kind)),
                 *(native_elementwise.rotary(heads, cos, sin, back) for back in (False, True)),
@@ -146,6 +163,11 @@ def test_what_does_not_fit_is_refused() -> None:
     x = torch.randn(2, 8)
     with pytest.raises(QuantizationError, match="needs weight fp32"):
         ops.rms_norm(x, torch.ones(8).bfloat16(), 1e-6)
+    for more in (x[:1], x.bfloat16()):
+        with pytest.raises(QuantizationError, match="what is added must be alike"):
+            ops.add_rms_norm(x, more, torch.ones(8), 1e-6)
+    with pytest.raises(QuantizationError, match="1 to 3 gradients, not 4"):
+        ops.rms_norm_backward([x] * 4, None, x, torch.ones(8), torch.ones(2))
     with pytest.raises(QuantizationError, match="must be alike"):
         ops.gated(x, x[:1], 0)
     with pytest.raises(QuantizationError, match="no activation 7"):
@@ -165,7 +187,9 @@ def test_operators_trace() -> None:
     scale = reference.rms_norm(x, weight, 1e-6)[1]
     for op, arguments in (
         (ops.rms_norm, (x, weight, 1e-6)),
-        (ops.rms_norm_backward, (x, x, weight, scale)),
+        (ops.rms_norm_backward, ([x, x], x, x, weight, scale)),
+        (ops.add_rms_norm, (x, x, weight, 1e-6)),
+        (ops.add, (x, x)),
         (ops.gated, (x, x, 0)),
         (ops.gated_backward, (x, x, x, 1)),
     ):

@@ -62,6 +62,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 assert "fourbit" not in sys.modules
 packed = {n: m for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
 found = {n: m.weight.data.view(-1).clone() for n, m in packed.items()}
+model.train()  # without it bitsandbytes multiplies in bf16 where the processor can, whatever the dtype
 with torch.no_grad():
     found["logits"] = model(torch.arange(3, 40)[None]).logits
 save_file(found, sys.argv[2])

@@ -13,6 +13,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     Phi3Config,
     Qwen3Config,
@@ -21,8 +22,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import fourbit
 import fourbit.nn.rotary
-from fourbit.nn.fused import fuse, rms_norm, unfuse
+from fourbit.memory.activations import checkpoint_activations
+from fourbit.nn.copies import own_copy
+from fourbit.nn.fused import fuse, unfuse
 from fourbit.nn.linear import Linear4bit
+from fourbit.nn.norm import rms_norm, sum_norm
 from fourbit.nn.remake import remake_of
 from tests.tiny import llama
 
@@ -37,6 +41,8 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+ALL = {"decoder layers": 2, "RMS norms": 5, "gated MLPs": 2, "rotary embeddings": 2}
+
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
     ids = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -49,15 +55,15 @@ def loss_and_gradients(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize(
     ("config", "matched"),
     [
-        (LlamaConfig(**SIZES), {"RMS norms": 5, "gated MLPs": 2, "rotary embeddings": 2}),
+        (LlamaConfig(**SIZES), ALL),
         (
             Qwen3Config(**SIZES),
-            {"RMS norms": 9, "gated MLPs": 2, "rotary embeddings": 2},
+            {**ALL, "RMS norms": 9},
         ),  # queries and keys have norms of their own
         (
             Gemma2Config(**SIZES),
             {"RMS norms": 9, "gated MLPs": 2, "rotary embeddings": 2},
-        ),  # 1 + weight, GELU by tanh
+        ),  # 1 + weight, GELU by tanh, norms behind the parts too
         (CohereConfig(**SIZES), {"gated MLPs": 2}),  # neighbours are pairs
         (Phi3Config(**SIZES), {"RMS norms": 5, "rotary embeddings": 2}),  # gate and up are one matrix
     ],
@@ -77,6 +83,42 @@ def test_the_same_loss_and_gradients(config: Any, matched: dict[str, int]) -> No
     assert not fuse(model).matched  # they are already
     unfuse(model)
     assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(model)[1], before[1], strict=True))
+
+
+def test_residual_sums_with_a_factor_are_left() -> None:
+    config = GraniteConfig(**SIZES, residual_multiplier=0.5)
+    report = fuse(AutoModelForCausalLM.from_config(config))
+    assert report.left == {"GraniteDecoderLayer": "its residual sums are others"}
+
+
+def test_a_layer_whose_norm_is_watched_runs_its_own_code() -> None:
+    model = llama().requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    fuse(model)
+    seen: list[Tensor] = []
+    unwatched = loss_and_gradients(model)
+    model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda *given: seen.append(given[2]))
+    watched = loss_and_gradients(model)
+    assert len(seen) == 1
+    torch.testing.assert_close(watched, unwatched, rtol=2e-5, atol=1e-6)
+
+
+def test_copies_are_handed_out_once_and_only_of_what_was_noted() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    total, y = sum_norm(x, x.detach(), torch.ones(8), 1e-6, 3)
+    copies = [own_copy(y), own_copy(y)]
+    assert own_copy(y) is y
+    assert all(c is not y and c.data_ptr() == y.data_ptr() and remake_of(c) is not None for c in copies)
+    (2 * y + 3 * copies[0]).sum().backward()  # nothing comes back from the other copy, nor past the norm
+    found, x.grad = x.grad, None
+    (5 * rms_norm(x + x.detach(), torch.ones(8), 1e-6)).sum().backward()
+    torch.testing.assert_close(found, x.grad)
+    x.grad = None
+    total, y = sum_norm(x, None, torch.ones(8), 1e-6, 2)
+    y = y.mul_(2)
+    assert own_copy(y) is y
+    total.sum().backward()
+    assert torch.equal(x.grad, torch.ones(2, 8))
 
 
 def test_a_norm_that_trains_runs_its_own_code() -> None:
@@ -167,7 +209,7 @@ def adapted_llama(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Mod
 def test_with_adapters_on_4_bits_copies_and_in_training_mode() -> None:
     model, adapted = adapted_llama()
     before = loss_and_gradients(adapted)
-    assert fuse(model).matched == {"RMS norms": 5, "gated MLPs": 2, "rotary embeddings": 2}
+    assert fuse(model).matched == ALL
     assert model.model.layers[0].mlp.training
     torch.testing.assert_close(loss_and_gradients(adapted), before, rtol=2e-5, atol=1e-6)
     twin = copy.deepcopy(adapted)
@@ -195,6 +237,15 @@ def kept_bytes(model: nn.Module) -> int:
         hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
     assert hidden.requires_grad
     return sum(kept.values())
+
+
+def test_fused_layers_are_checkpointed() -> None:
+    model, adapted = adapted_llama()
+    fuse(model)
+    kept, wanted = kept_bytes(adapted), loss_and_gradients(adapted)
+    checkpoint_activations(model)
+    assert kept_bytes(adapted) < 0.4 * kept
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(adapted)[1], wanted[1], strict=True))
 
 
 def test_what_can_be_made_again_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,12 @@ from fourbit.evaluate.cache import RoomyLayer
 from fourbit.kernels.decode import Decoder, Layer, Linear, Shape
 from fourbit.kernels.product import Adapter
 from fourbit.nn.decoder import layer_list
-from fourbit.nn.fused import gated_kind, norm_added, norm_eps, runs_own_code
+from fourbit.nn.fused import gated_kind
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
 from fourbit.nn.loss import split_model
+from fourbit.nn.norm import norm_added, norm_eps
+from fourbit.nn.replaced import runs_own_code
 from fourbit.ops.library import runs_native
 from fourbit.ops.linear import FEW_ROWS, multiplies_panels
 

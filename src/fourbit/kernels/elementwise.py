@@ -6,10 +6,12 @@ their own way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fourbit.kernels.native import DTYPES, check, library
+from fourbit.kernels.native import DTYPES, address, check, library
 from fourbit.kernels.pool import POOL
 
 
@@ -43,14 +45,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
     Returns y in x's dtype, rounded once, and the factor of each row, fp32 [T], for backward.
     """
-    y = POOL.empty(x.shape, x.dtype)
+    return _norm(x, None, None, weight, eps)
+
+
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + more, rounded, and what `rms_norm` gives of it; both contiguous, [T, K], of one dtype."""
+    total = POOL.empty(x.shape, x.dtype, stays=True)
+    return total, *_norm(x, more, total, weight, eps)
+
+
+def _norm(
+    x: Tensor, more: Tensor | None, total: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    y = POOL.empty(x.shape, x.dtype, stays=more is not None)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     status = library().fb_rms_norm(
         x.data_ptr(),
+        address(more),
         DTYPES[x.dtype],
         *x.shape,
         weight.data_ptr(),
         eps,
+        address(total),
         y.data_ptr(),
         scale.data_ptr(),
         torch.get_num_threads(),
@@ -59,11 +75,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, scale
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The gradient in x; grad and x are contiguous, [T, K], of one dtype."""
+def rms_norm_backward(
+    grads: Sequence[Tensor], passed: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:
+    """The gradient in x of one to three of y, plus `passed`; all contiguous, [T, K], of one dtype."""
     grad_x = POOL.empty(x.shape, x.dtype)
+    second, third = (address(grads[i]) if i < len(grads) else None for i in (1, 2))
     status = library().fb_rms_norm_grad(
-        grad.data_ptr(),
+        grads[0].data_ptr(),
+        second,
+        third,
+        address(passed),
         x.data_ptr(),
         DTYPES[x.dtype],
         *x.shape,

@@ -26,7 +26,7 @@ from fourbit.shapes import rounded_size
 
 #: Smaller results are torch's own: their holes are small too.
 SMALLEST = 64 << 10
-#: A free block may be so many times as large as what it is to hold.
+#: A free block may be so many times as large as what it is to hold, unless that is to stay.
 _MOST = 4
 _PAGE = mmap.PAGESIZE
 
@@ -46,12 +46,12 @@ class Pool:
         self._returned: deque[Any] = deque()  # by whoever drops a tensor, at any moment
         self._owners: dict[int, weakref.ref[np.ndarray]] = {}
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous CPU tensor, uninitialised."""
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stays: bool = False) -> Tensor:
+        """A contiguous CPU tensor, uninitialised; stays: what is kept for backward takes no larger block."""
         size = prod(shape) * dtype.itemsize
         if size < SMALLEST:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        block = self.take(size)
+        block = self.take(size, stays)
         values = np.frombuffer(block, dtype=np.uint8, count=size)
         number = id(values)
 
@@ -67,10 +67,10 @@ class Pool:
         layout = torch.empty_like(x, device="meta").stride()
         return self.empty((x.numel(),), x.dtype).as_strided(x.shape, layout)
 
-    def take(self, size: int) -> Any:
+    def take(self, size: int, stays: bool = False) -> Any:
         """A block that holds so many bytes; who has it gives it back."""
         with self._lock:
-            return self._take(rounded_size(-(-size // _PAGE)) * _PAGE)
+            return self._take(rounded_size(-(-size // _PAGE)) * _PAGE, 1 if stays else _MOST)
 
     def give_back(self, block: Any) -> None:
         """From now on a block is free. At any moment, even while the pool is at work."""
@@ -82,10 +82,10 @@ class Pool:
             self._collect()
             self._unmap(self.mapped)
 
-    def _take(self, size: int) -> Any:
+    def _take(self, size: int, most: int) -> Any:
         self._collect()
         other = size
-        while other <= _MOST * size:  # smaller results of a short batch take the places of a long one's
+        while other <= most * size:  # smaller results of a short batch take the places of a long one's
             if numbers := self._by_size.get(other):
                 return self._free.pop(numbers.pop())
             other = rounded_size(other // _PAGE + 1) * _PAGE

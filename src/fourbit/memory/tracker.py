@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from fourbit.kernels.pool import SMALLEST, Pool
 
+#: Operators whose results stay, as `kernels.elementwise` has them.
+_STAYING = ("add.default", "add_rms_norm.default")
+
 
 class PeakTracker(TorchDispatchMode):
     """Counts the bytes of every storage that an operator returns, from its first sight to its end.
@@ -56,7 +59,7 @@ class PeakTracker(TorchDispatchMode):
             return
         block = None
         if self._pool is not None and size >= SMALLEST and _is_pooled(func):
-            block = self._pool.take(size)
+            block = self._pool.take(size, stays=func.__name__ in _STAYING)
             self._pool.touch(block, size)
         else:
             self._heap += size

@@ -26,6 +26,7 @@ from fourbit.defaults import CHANGES_BASE
 from fourbit.errors import ModelError
 from fourbit.kernels.product import Adapter, Dropout, product_grad
 from fourbit.memory.tracker import has_values
+from fourbit.nn.copies import own_copy
 from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.remake import Remake, remake_of
@@ -61,7 +62,7 @@ class LoraLinear(PeftLinear):
             y, _ = _product(flat, base, _adapter(a, b, scaling, p, keys, self.layer_key))
             return y.reshape(*x.shape[:-1], -1)
         fused: Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
-            x, a, b, base, scaling, p, keys, self.layer_key, remake_of(x)
+            own_copy(x), a, b, base, scaling, p, keys, self.layer_key, remake_of(x)
         )
         return fused
 

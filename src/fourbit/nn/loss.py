@@ -22,7 +22,7 @@ from fourbit.defaults import LOSS_CHUNK
 from fourbit.kernels.decode import MOST_DENSE, dense
 from fourbit.kernels.native import DTYPES
 from fourbit.memory.tracker import has_values
-from fourbit.nn.fused import runs_own_code
+from fourbit.nn.replaced import runs_own_code
 from fourbit.ops.library import runs_native
 from fourbit.ops.loss import cross_entropy
 from fourbit.shapes import with_rounded_rows

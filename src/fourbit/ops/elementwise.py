@@ -1,4 +1,4 @@
-"""RMS norm, gated activations, rotary embedding, and the gradients in their activations, each a single pass.
+"""RMS norm with residual sums, gated activations, rotary embedding, and their gradients, each a single pass.
 
 They are the passes between a decoder layer's matrix products. Written with torch's own operators each takes
 several, of which autograd keeps most results; here backward needs the inputs and one number a row. Weights
@@ -13,12 +13,15 @@ from torch import Tensor
 from fourbit import reference
 from fourbit.errors import QuantizationError
 from fourbit.kernels import elementwise as native_elementwise
+from fourbit.kernels.pool import POOL
 from fourbit.ops.attention import by_token
 from fourbit.ops.codec import check_float
 from fourbit.ops.library import define, runs_native
 
 #: The activations, by the number that the operators take.
 ACTIVATIONS = ("silu", "gelu_tanh")
+#: Gradients that a norm's backward adds up: of queries, keys and values.
+MOST_GRADS = 3
 #: The widest head that the native rotary embedding turns.
 MOST_TURNED = 1024
 
@@ -30,6 +33,13 @@ def _check_norm(x: Tensor, weight: Tensor) -> None:
             f"a norm of x [T, K] needs weight fp32 [K]; x has shape {list(x.shape)} and weight "
             f"{list(weight.shape)} of {weight.dtype}"
         )
+
+
+def _check_alike(tensors: list[Tensor]) -> None:
+    first = tensors[0]
+    if any(t.shape != first.shape or t.dtype != first.dtype for t in tensors):
+        kinds = ", ".join(f"{list(t.shape)} of {t.dtype}" for t in tensors)
+        raise QuantizationError(f"what is added must be alike; there are {kinds}")
 
 
 def _check_gated(gate: Tensor, up: Tensor, kind: int) -> None:
@@ -55,16 +65,51 @@ def _norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _add_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check_alike([x, more])
+    _check_norm(x, weight)
+    if runs_native(x):
+        return native_elementwise.add_rms_norm(x.contiguous(), more.contiguous(), weight.contiguous(), eps)
+    total = x + more
+    return total, *reference.rms_norm(total, weight, eps)
+
+
+def _add_norm_fake(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_norm_fake(x, weight, eps)
+
+
+def _norm_backward(
+    grads: list[Tensor], passed: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:
+    if not 1 <= len(grads) <= MOST_GRADS:
+        raise QuantizationError(f"a norm's backward takes 1 to {MOST_GRADS} gradients, not {len(grads)}")
+    _check_alike([x, *grads, *([] if passed is None else [passed])])
     _check_norm(x, weight)
     if runs_native(x):
         return native_elementwise.rms_norm_backward(
-            grad.contiguous(), x.contiguous(), weight.contiguous(), scale
+            [grad.contiguous() for grad in grads],
+            None if passed is None else passed.contiguous(),
+            x.contiguous(),
+            weight.contiguous(),
+            scale,
         )
-    return reference.rms_norm_backward(grad, x, weight, scale)
+    return reference.rms_norm_backward(grads, passed, x, weight, scale)
 
 
-def _norm_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _norm_backward_fake(
+    grads: list[Tensor], passed: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _add(x: Tensor, more: Tensor) -> Tensor:
+    _check_alike([x, more])
+    if runs_native(x) and x.is_contiguous() and more.is_contiguous():
+        return torch.add(x, more, out=POOL.empty(tuple(x.shape), x.dtype, stays=True))
+    return x + more
+
+
+def _add_fake(x: Tensor, more: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -119,7 +164,12 @@ def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm, _norm_fake)
 define(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> Tensor",
+    "add_rms_norm(Tensor x, Tensor more, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _add_norm,
+    _add_norm_fake,
+)
+define(
+    "rms_norm_backward(Tensor[] grads, Tensor? passed, Tensor x, Tensor weight, Tensor scale) -> Tensor",
     _norm_backward,
     _norm_backward_fake,
 )
@@ -129,4 +179,5 @@ define(
     _gated_backward,
     _gated_backward_fake,
 )
+define("add(Tensor x, Tensor more) -> Tensor", _add, _add_fake)
 define("rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotary, _rotary_fake)
