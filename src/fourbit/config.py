@@ -24,6 +24,7 @@ from fourbit.errors import nearest
 QuantType = Literal["nf4", "fp4", "int4", "none"]
 #: Why a row cannot be trained.
 Problem = Literal["empty", "no_trained_token", "no_end_token", "refused"]
+Tracker = Literal["wandb", "mlflow", "trackio"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 #: Scores of generated answers (`fourbit.evaluate.metrics`).
@@ -267,6 +268,11 @@ class TrainSettings(_Settings):
     )
     seed: int = Field(default=0, ge=0, description="seed of split, order, adapter initialisation and dropout")
     tensorboard: bool = Field(default=False, description="also write TensorBoard events into the run folder")
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(),
+        description="also send curves and settings, never rows, to wandb, mlflow or trackio; where these "
+        "keep them is up to their own settings (WANDB_MODE=offline, MLFLOW_TRACKING_URI)",
+    )
 
     @model_validator(mode="before")
     @classmethod

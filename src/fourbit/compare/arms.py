@@ -17,7 +17,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "full": ("model.quant_type=none", "lora=none"),
 }
 #: Settings that an arm cannot change: the rows and what their loss measures, and what the runner sets.
-_SHARED = ("data", "output", "train.seed", "train.tensorboard")
+_SHARED = ("data", "output", "train.seed", "train.tensorboard", "train.trackers")
 _NEXT_SETTING = re.compile(r",(?=\s*\w+(?:\.\w+)*\s*=)")
 _NAMED = re.compile(r"\s*([^:=]+?)\s*:\s*(.*)", re.DOTALL)
 

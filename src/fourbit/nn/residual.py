@@ -44,11 +44,8 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         return type(self).forward(self, hidden_states, *args, **named)
     norms = partial(_sum_norm, first), partial(_sum_norm, second)
     run = partial(_layer, norms[0], self.self_attn, norms[1], self.mlp, named)
-    if (
-        self.training
-        and getattr(self, "gradient_checkpointing", False)
-        and _checkpoints_itself(type(self).forward)
-    ):
+    recompute = self.training and getattr(self, "gradient_checkpointing", False)
+    if recompute and _checkpoints_itself(type(self).forward):
         return self._gradient_checkpointing_func(run, hidden_states)
     return run(hidden_states)
 

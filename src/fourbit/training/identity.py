@@ -4,7 +4,7 @@ A checkpoint records the settings and the identity of its run: hashes of the bas
 device, threads, instruction set, versions. `--resume` compares them with what it finds. The rule: a setting
 may change where a run under the new settings would have come through this very checkpoint. So these may:
 
-- what writes more or less: tensorboard, keep_checkpoints; and where things lie: model.weight_tier,
+- what writes more or less: tensorboard, trackers, keep_checkpoints; and where things lie: model.weight_tier,
   activation_tier, optimizer_memory
 - paths, and every setting of the data, while base and rows are the same by content
 - epochs, max_steps, warmup_ratio, schedule, learning_rate, while no finished step's learning rate changes
@@ -40,6 +40,7 @@ _SECTIONS = ("model", "lora", "data", "train")
 _MAY_CHANGE = (
     "model.weight_tier",
     "train.tensorboard",
+    "train.trackers",
     "train.keep_checkpoints",
     "train.activation_tier",
     "train.compact_heap",  # of earlier versions

@@ -1,7 +1,7 @@
 """Metrics of a run as JSON lines: what the settings determine in one file, what the clock does in another.
 
 `metrics.jsonl` is the same, byte for byte, whenever the same run is repeated on the same machine;
-`timing.jsonl` is not. TensorBoard gets both.
+`timing.jsonl` is not. TensorBoard and trackers get both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from fourbit.errors import ConfigError, TrainingError
 from fourbit.training import durable
+from fourbit.training.trackers import Trackers
 
 _METRICS, _TIMING = "metrics.jsonl", "timing.jsonl"
 
@@ -21,8 +22,10 @@ _METRICS, _TIMING = "metrics.jsonl", "timing.jsonl"
 class MetricsWriter:
     """Appends to the run folder's metric files; `done` steps are in them already."""
 
-    def __init__(self, folder: Path, tensorboard: bool, done: int = 0) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, tensorboard: bool, done: int = 0, trackers: Trackers | None = None
+    ) -> None:
+        self._folder, self._trackers = folder, trackers
         #: What the steps and evaluations of earlier sessions took.
         self.seconds_before = _seconds_so_far(folder)
         # Unbuffered: a line that the disk refuses must not come back when the file is closed.
@@ -42,6 +45,8 @@ class MetricsWriter:
             for name, value in {**deterministic, **timing}.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.log(step, {**deterministic, **timing})
 
     def sync(self) -> int:
         """Wait until all lines are on the disk; returns the length of metrics.jsonl in bytes."""
@@ -55,6 +60,8 @@ class MetricsWriter:
         self._timing.close()
         if self._board is not None:
             self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def truncate(folder: Path, step: int, metrics_bytes: int) -> None:

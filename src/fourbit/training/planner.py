@@ -35,6 +35,7 @@ from fourbit.training.rehearse import Rehearsal
 from fourbit.training.runtime import CUDA_CONTEXT, runtime_bytes
 from fourbit.training.skeleton import run_skeleton
 from fourbit.training.target import Rows, Target
+from fourbit.training.trackers import libraries_of
 
 #: Code that oneDNN generates and keeps for each shape of a bf16 product on a CPU (docs/log.md).
 _CODE_PER_PRODUCT = 670_000
@@ -226,7 +227,8 @@ class Planner:
 
     @cached_property
     def _runtime_bytes(self) -> int:
-        return runtime_bytes(self._target.dtype) if self._runtime is None else self._runtime
+        libraries = libraries_of(self._config.train)
+        return runtime_bytes(self._target.dtype, libraries) if self._runtime is None else self._runtime
 
     def _code(self) -> int:
         if self._target.dtype != torch.bfloat16:

@@ -44,6 +44,7 @@ from fourbit.training.prepare import check_data, prepare_data, prepare_model
 from fourbit.training.progress import ProgressLine, duration_text
 from fourbit.training.record import describe_sources, held_as, write_record
 from fourbit.training.run_folder import check_folder, prepare_folder, with_measured_dtype
+from fourbit.training.trackers import Trackers, check_installed
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def run(
     check_folder(folder, resume, overwrite)
     check_free(folder)
     check_data(config)
+    check_installed(config.train.trackers)
     if resume:
         config = with_measured_dtype(folder, config)
     budget = open_budget(config, memory, console) if predict or memory is not None else None
@@ -226,7 +228,7 @@ def _fit_locked(
     release_free_memory()
     done = 0 if resume_from is None else resume_from.state.progress.step
     time = _predict_time(work, console, (total - done) / total) if budget is not None else {}
-    metrics = MetricsWriter(folder, config.train.tensorboard, done)
+    metrics = MetricsWriter(folder, config.train.tensorboard, done, Trackers(config, folder))
     try:
         with ProgressLine(console, total, done) as line:
             outcome = run_loop(work, metrics, line, record, resume_from)

@@ -12,7 +12,7 @@ from fourbit.config_file import dump_config
 from fourbit.errors import ConfigError
 from fourbit.evaluate import kept
 from fourbit.exporting import provenance
-from fourbit.training import checkpoint, durable, identity
+from fourbit.training import checkpoint, durable, identity, trackers
 from fourbit.training.identity import Record
 from fourbit.training.metrics import truncate
 
@@ -70,7 +70,8 @@ def with_measured_dtype(folder: Path, config: RunConfig) -> RunConfig:
 
 
 def _remove_run(folder: Path) -> None:
-    for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard"):
+    for name in ("checkpoints", checkpoint.ADAPTER, "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "timing.jsonl", "summary.json", provenance.FILE, kept.FILE, "report.html"):
+    files = ("metrics.jsonl", "timing.jsonl", "summary.json", provenance.FILE, kept.FILE, trackers.FILE)
+    for name in (*files, "report.html"):
         (folder / name).unlink(missing_ok=True)

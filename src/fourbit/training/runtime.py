@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,18 @@ _TIMEOUT = 300
 
 
 @owner_only()
-def runtime_bytes(dtype: torch.dtype) -> int:
-    """Resident bytes of a process that has trained, without its model. Takes some ten seconds once."""
+def runtime_bytes(dtype: torch.dtype, libraries: Sequence[str] = ()) -> int:
+    """Resident bytes of a process that has trained, without its model. Takes some ten seconds once.
+
+    libraries: imported beside what every run imports
+    """
     name = str(dtype).removeprefix("torch.")
-    key, file = f"{_environment()} {name}", _cache_file()
+    key, file = " ".join((_environment(), name, *sorted(libraries))), _cache_file()
     known: dict[str, int] = {}
     with suppress(OSError, ValueError):
         known = json.loads(file.read_text(encoding="utf-8"))
     if key not in known:
-        known[key] = _measure_apart(name)
+        known[key] = _measure_apart(name, libraries)
         with suppress(OSError):  # no place to keep it: measured again next time
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}")
@@ -62,8 +67,9 @@ def _environment() -> str:
     return f"python-{python} installed-{installed} threads-{torch.get_num_threads()}"
 
 
-def _measure_apart(name: str) -> int:
-    code = f"from fourbit.training.runtime import measure; print('resident', measure({name!r}))"
+def _measure_apart(name: str, libraries: Sequence[str]) -> int:
+    given = f"{name!r}, {list(libraries)!r}"
+    code = f"from fourbit.training.runtime import measure; print('resident', measure({given}))"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=_TIMEOUT, check=False
     )
@@ -74,8 +80,10 @@ def _measure_apart(name: str) -> int:
     return int(lines[-1].split()[1])
 
 
-def measure(dtype: str) -> int:
-    """Load and train next to nothing in this process, and say what is resident afterwards."""
+def measure(dtype: str, libraries: Sequence[str] = ()) -> int:
+    """Import, load and train next to nothing in this process, and say what is resident afterwards."""
+    for library in libraries:
+        import_module(library)
     import transformers
     from rich.console import Console
 
