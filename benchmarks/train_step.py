@@ -105,10 +105,12 @@ def fourbit_step(folder: Path, keeps: bool, _: bool) -> tuple[Callable[[torch.Te
     import fourbit
     from fourbit.data.batch import Batch
     from fourbit.memory.activations import checkpoint_activations
+    from fourbit.memory.measure import compact_heap
     from fourbit.nn.attention import use_tiled_attention
     from fourbit.nn.fused import fuse
     from fourbit.nn.loss import causal_lm_loss
 
+    compact_heap()  # as `fourbit train` does
     torch.manual_seed(0)
     base, _tokenizer = fourbit.load(folder / "model", compute_dtype="bfloat16")
     model = fourbit.add_lora(base, r=RANK, alpha=2 * RANK, dropout=0.0, seed=0)
