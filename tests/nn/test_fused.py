@@ -103,6 +103,17 @@ def test_a_layer_whose_norm_is_watched_runs_its_own_code() -> None:
     torch.testing.assert_close(watched, unwatched, rtol=2e-5, atol=1e-6)
 
 
+def test_a_residual_stream_of_another_dtype() -> None:
+    model = llama().requires_grad_(False).bfloat16()
+    model.model.embed_tokens.float().requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = loss_and_gradients(model)
+        assert fuse(model).matched["decoder layers"] == 2
+        after = loss_and_gradients(model)
+    assert after[1][0].dtype == torch.float32
+    torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-3)
+
+
 def test_copies_are_handed_out_once_and_only_of_what_was_noted() -> None:
     x = torch.randn(2, 8, requires_grad=True)
     total, y = sum_norm(x, x.detach(), torch.ones(8), 1e-6, 3)

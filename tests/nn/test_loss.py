@@ -61,6 +61,22 @@ def test_bf16_is_no_worse_than_torch_s_own() -> None:
     assert errors[0] <= errors[1] + 1e-4
 
 
+def test_under_autocast_products_are_of_its_dtype() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 33, requires_grad=True), torch.randn(50, 33, requires_grad=True)
+    labels = torch.randint(0, 50, (9,))
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = linear_cross_entropy(hidden, weight, labels)
+    wanted, _ = linear_cross_entropy(*low, labels)
+    total.backward()
+    wanted.backward()
+    assert total.item() == wanted.item()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    assert torch.equal(hidden.grad, low[0].grad.float())
+    torch.testing.assert_close(weight.grad, low[1].grad.float(), rtol=1e-2, atol=1e-3)
+
+
 def test_ignored_labels_cost_nothing_and_count_nothing() -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
     labels = torch.tensor([3, -100, 4, -100, -100])

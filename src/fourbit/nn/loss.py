@@ -146,6 +146,9 @@ def _summed(
     softcap: float | None,
     chunk: int = LOSS_CHUNK,
 ) -> Tensor:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # which casts no operand of a product into given memory
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     rows = _chunk_rows(weight.shape[0], chunk)
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, scale, softcap, rows)  # type: ignore[no-untyped-call]
     return total

@@ -84,6 +84,8 @@ def sum_norm(
     x: Tensor, more: Tensor | None, weight: Tensor, eps: float, readers: int
 ) -> tuple[Tensor, Tensor]:
     """x + more (x where that is None), and `rms_norm` of it with copies for so many readers, 1 to 3."""
+    if more is not None and more.dtype != x.dtype:  # of a trained embedding in fp32, under autocast
+        x, more = x + more, None
     rows = (None if part is None else part.reshape(-1, x.shape[-1]) for part in (x, more))
     total, *results = _SumNorm.apply(*rows, weight, eps, readers)  # type: ignore[no-untyped-call]
     total = total.view(x.shape)

@@ -66,7 +66,10 @@ def _layer(
 ) -> Tensor:
     x, normed = first(x, None, _READERS[0])
     h, normed = second(x, attention(hidden_states=normed, **named)[0], _READERS[1])
-    y: Tensor = _Add.apply(h, mlp(normed))  # type: ignore[no-untyped-call]
+    more: Tensor = mlp(normed)
+    if more.dtype != h.dtype:
+        return h + more
+    y: Tensor = _Add.apply(h, more)  # type: ignore[no-untyped-call]
     return y
 
 
