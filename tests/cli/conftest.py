@@ -64,7 +64,7 @@ def planning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     There, no process of its own measures an empty run.
     """
     if request.node.get_closest_marker("planned"):
-        monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda dtype: 500_000_000)
+        monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda *_: 500_000_000)
     else:
         monkeypatch.setattr("fourbit.training.run.open_budget", lambda config, memory, console: None)
 

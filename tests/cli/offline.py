@@ -81,7 +81,7 @@ def main() -> int:
     if not slow:  # it takes a process and ten seconds
         import fourbit.training.planner as planner
 
-        planner.runtime_bytes = lambda dtype: 500_000_000
+        planner.runtime_bytes = lambda *_: 500_000_000
     returned = []
     for words in [*FAST, *SLOW] if slow else FAST:
         printed = io.StringIO()

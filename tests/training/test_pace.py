@@ -119,7 +119,7 @@ def test_a_failure_leaves_no_gradients(model: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_says_it_and_comes_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda dtype: 10**8)
+    monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda *_: 10**8)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{n}", "completion": "a"}) + "\n" for n in range(20)))
     tree = {

@@ -131,7 +131,7 @@ def test_a_plan_counts_inputs_of_layers_on_the_disk(packed: Path, tmp_path: Path
 @pytest.mark.parametrize(("room", "where"), [(False, "disk"), (True, "device")])
 def test_a_run_under_a_budget(packed: Path, tmp_path: Path, room: bool, where: str, monkeypatch: Any) -> None:
     """Loaded from the disk, and held where the plan finds room for all."""
-    monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda dtype: 10**8)
+    monkeypatch.setattr("fourbit.training.planner.runtime_bytes", lambda *_: 10**8)
     config = settings(packed, tmp_path, "run", max_steps=1)
     if not room:
         monkeypatch.setattr(Planner, "tiers", property(lambda self: ("disk",)))
