@@ -18,7 +18,7 @@ from transformers import (
     Phi3Config,
     Qwen3Config,
 )
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 import fourbit
 import fourbit.nn.rotary
@@ -89,6 +89,17 @@ def test_residual_sums_with_a_factor_are_left() -> None:
     config = GraniteConfig(**SIZES, residual_multiplier=0.5)
     report = fuse(AutoModelForCausalLM.from_config(config))
     assert report.left == {"GraniteDecoderLayer": "its residual sums are others"}
+
+
+class Curious(LlamaDecoderLayer):
+    def forward(self, hidden_states: Tensor, **named: Any) -> Tensor:
+        assert self.mlp.gate_proj.in_features == hidden_states.shape[-1]
+        return super().forward(hidden_states, **named)
+
+
+def test_a_layer_that_looks_into_its_parts_is_left() -> None:
+    report = fuse(nn.ModuleList([Curious(LlamaConfig(**SIZES), 0)]))
+    assert report.left == {"Curious": "its residual sums are others"}
 
 
 def test_a_layer_whose_norm_is_watched_runs_its_own_code() -> None:

@@ -126,6 +126,13 @@ def test_a_broken_note_of_names_is_one_line(settings: Any, made: list[Recorder])
     training.run(config, quiet())
     note = Path(config.output) / trackers.FILE
     assert json.loads(note.read_text()).keys() == {"wandb"}
-    note.write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON; remove it"):
-        trackers.Trackers(config, Path(config.output))
+    for broken in ("{", "[]"):
+        note.write_text(broken)
+        with pytest.raises(ConfigError, match="is not a JSON object; remove it"):
+            trackers.Trackers(config, Path(config.output))
+
+
+def test_what_is_imported_for_curves_counts_as_memory(settings: Any, made: list[Recorder]) -> None:
+    named = settings(train__trackers=["wandb", "mlflow"], train__tensorboard=True)
+    assert trackers.libraries_of(named.train) == ["wandb", "torch.utils.tensorboard"]  # mlflow is not there
+    assert trackers.libraries_of(settings().train) == []

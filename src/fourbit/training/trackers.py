@@ -37,7 +37,7 @@ def libraries_of(settings: TrainSettings) -> list[str]:
 
 
 class Trackers:
-    """The trackers that a run names, told what is logged. `ids` are what they call the run."""
+    """The trackers that a run names, told what is logged."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         """Raises ConfigError where one cannot be started."""
@@ -103,7 +103,9 @@ def _known_ids(folder: Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
-        raise ConfigError(f"{path}: is not JSON; remove it, and trackers begin a new run") from None
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: is not a JSON object; remove it, and trackers begin a new run")
     return {str(key): str(value) for key, value in found.items()}
 
 
