@@ -18,14 +18,15 @@ from fourbit.kernels import native
 from fourbit.kernels.pool import POOL
 from fourbit.memory.activations import checkpoint_activations
 from fourbit.memory.cards import find_card
-from fourbit.memory.choose import alternatives, choose
+from fourbit.memory.choose import Head, alternatives, choose
 from fourbit.memory.plan import Choice, Part, Phase, Plan
 from fourbit.memory.sizes import parse_size
 from fourbit.memory.tracker import PeakTracker
-from fourbit.memory.weights import count_weights
+from fourbit.memory.weights import count_weights, loading_bytes
 from fourbit.model.adapters import key_source, parameter_counts
 from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.fused import fuse
+from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import split_model
 from fourbit.training.loop import train_mode
 from fourbit.training.planner import Planner
@@ -82,6 +83,22 @@ def test_the_skeleton_has_the_bytes_of_the_loaded_model(tmp_path, changes):
     assert planned == real
     assert parameter_counts(loaded)[0] == real.trainable
     assert real.codes + real.scales + real.rest + real.trained == sum(p.nbytes for p in loaded.parameters())
+
+
+def test_what_loading_takes_beside_the_weights_that_stay():
+    """An embedding is read before 4-bit layers and leaves them room; a head after them does not."""
+    embedding, layer, head = 1000 * 64 * 4, 64 * 64, 500 * 64 * 4
+    model = torch.nn.Module()
+    model.embed = torch.nn.Embedding(1000, 64, dtype=torch.bfloat16)
+    model.layers = torch.nn.ModuleList(Linear4bit(64, 64, bias=False) for _ in range(40))
+    packed = sum(p.nbytes for p in model.layers.parameters())
+    assert loading_bytes(model, torch.float32, False) == embedding - packed
+    assert loading_bytes(model, torch.bfloat16, True) == 0
+    model.out = torch.nn.Linear(64, 500, bias=False, dtype=torch.bfloat16)
+    assert loading_bytes(model, torch.float32, False) == head
+    assert loading_bytes(model, torch.bfloat16, True) == 0
+    scales = packed // 40 - layer // 2  # of the last layer, which come after its codes
+    assert loading_bytes(model.layers, torch.bfloat16, False) == 2 * layer - scales
 
 
 def planner(path: Path | str, rows: Rows, **settings: object) -> Planner:
@@ -169,6 +186,14 @@ def test_the_first_choice_that_fits_is_taken_and_the_rest_explained():
     assert choose(plan_for, choices, 160).choice.activation_checkpointing
     with pytest.raises(MemoryBudgetError, match=r"the least that works here is 0 MB \(micro_batch 1"):
         choose(plan_for, choices, 149)
+
+
+def test_small_pieces_of_a_large_head_cost_more_than_paging():
+    """SmolLM2's head of 49,152 words: 6 MiB of logits are 32 labels, 24 MiB 128."""
+    large = alternatives(4, 24, tokens=512, head=Head(0.21, 49_152))
+    assert large.index(Choice(4, True, 24, 0)) < large.index(Choice(4, True, 6))
+    small = alternatives(4, 24, tokens=512, head=Head(0.02, 1_000))
+    assert small.index(Choice(4, True, 24, 0)) > small.index(Choice(4, True, 6))
 
 
 @pytest.mark.parametrize(("optimizer", "share"), [("adamw", 8), ("adamw_8bit", 2)])

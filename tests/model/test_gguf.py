@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
 import fourbit
 from fourbit import functional as F4
 from fourbit.errors import ModelError
+from fourbit.model.base import make_skeleton
+from fourbit.model.formats import gguf as gguf_format
 from fourbit.nn.linear import Linear4bit
 
 
@@ -90,3 +95,39 @@ def test_the_peak_of_a_load_is_what_stays_plus_one_tensor_plus_300_mb(smollm2: P
     grown, stays = map(int, done.stdout.split())
     # The one tensor: the embedding, Q8_0 in the file, fp32 when read.
     assert grown <= stays + 49_152 * 576 * 4 + 300e6
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q6_K", "Q8_0"])
+def test_a_tensor_is_restored_in_pieces_as_gguf_restores_it_whole(kind, tmp_path, monkeypatch):
+    stored_type = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[stored_type]
+    rows, columns = 21, 2 * block
+    generator = np.random.default_rng(0)
+    if kind in ("F32", "F16"):
+        stored = generator.standard_normal((rows, columns)).astype(
+            {"F32": np.float32, "F16": np.float16}[kind]
+        )
+    else:
+        stored = generator.integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
+    entry = SimpleNamespace(
+        data=stored, tensor_type=stored_type, n_elements=rows * columns, shape=np.array([columns, rows])
+    )
+    monkeypatch.setattr(gguf_format, "_AT_ONCE", 4 * columns)
+    restored = gguf_format._values(entry)
+    assert restored.tobytes() == gguf.dequantize(stored, stored_type).astype(np.float32).tobytes()
+    assert restored.shape == (rows, columns)
+    assert restored.flags.writeable
+    vector = SimpleNamespace(
+        data=stored[0], tensor_type=stored_type, n_elements=columns, shape=np.array([columns])
+    )
+    assert gguf_format._values(vector).tobytes() == restored[0].tobytes()
+
+
+def test_a_tensor_is_not_held_twice_as_it_is_read(smollm2):
+    skeleton = make_skeleton(smollm2, gguf_format.read_config(smollm2), False)
+    tensor = gguf_format.open_file(smollm2, skeleton)["model.embed_tokens.weight"]
+    tracemalloc.start()  # numpy tells it of its arrays
+    values = tensor.read()
+    _, highest = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert values.nbytes <= highest < 1.3 * values.nbytes

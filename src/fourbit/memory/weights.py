@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from transformers.core_model_loading import dot_natural_key
 
 from fourbit.nn.linear import Linear4bit
 
@@ -57,3 +59,25 @@ def count_weights(model: nn.Module) -> Weights:
         largest=max(sizes, default=0),
         widest=max((max(layer.in_features, layer.out_features) for layer in codes.values()), default=0),
     )
+
+
+def loading_bytes(model: nn.Module, stored: torch.dtype, packed: bool) -> int:
+    """What loading takes at its highest beyond all weights: one as it was read, beside those before it.
+
+    stored  dtype of weights as they are read; one that stays in it is not copied
+    packed  4-bit codes are stored too, and are not copied
+    """
+    layers = {id(m.weight): m for m in model.modules() if isinstance(m, Linear4bit)}
+    weights = [(name, p) for name, p in model.named_parameters() if ".lora_" not in name]
+    # transformers reads them in this order, whatever the file's is.
+    weights.sort(key=lambda entry: dot_natural_key(entry[0]))
+    held, highest = -sum(p.nbytes for _, p in weights), 0
+    for _, parameter in weights:
+        layer = layers.get(id(parameter))
+        held += parameter.nbytes
+        if layer is not None:
+            copied = 0 if packed else layer.in_features * layer.out_features * stored.itemsize
+        else:
+            copied = 0 if parameter.dtype in (stored, torch.uint8) else parameter.numel() * stored.itemsize
+        highest = max(highest, held + copied)
+    return highest

@@ -203,15 +203,32 @@ def _text(file: Path, reader: Any, key: str) -> str:
 
 def _reader(file: Path, entry: Any, processor: Any) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        from gguf import dequantize
-
-        values = _guard(file, lambda: dequantize(entry.data, entry.tensor_type), entry.name)
+        values = _guard(file, lambda: _values(entry), entry.name)
         result = processor.process(weights=values, name=entry.name)
-        tensor = torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))
+        tensor = torch.from_numpy(np.require(result.weights, np.float32, ["C", "W"]))
         _forget(entry.data)
         return tensor
 
     return read
+
+
+#: Values restored at once: a few megabytes beside the tensor, and numpy's own time is small against theirs.
+_AT_ONCE = 1 << 20
+
+
+def _values(entry: Any) -> Any:
+    """A tensor's values in float32, in an array of their own.
+
+    gguf restores a whole tensor in pieces too, but holds all of them before it joins them: the tensor twice.
+    """
+    from gguf import dequantize
+
+    stored = entry.data.reshape(-1, entry.data.shape[-1])
+    values = np.empty((len(stored), entry.n_elements // len(stored)), np.float32)
+    step = max(1, _AT_ONCE // values.shape[1])
+    for start in range(0, len(stored), step):
+        values[start : start + step] = dequantize(stored[start : start + step], entry.tensor_type)
+    return values.reshape([int(side) for side in entry.shape[::-1]])
 
 
 def _forget(data: Any) -> None:
