@@ -23,7 +23,7 @@ from fourbit.memory.activations import checkpoint_activations
 from fourbit.model.adapters import load_adapter
 from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.fused import fuse
-from fourbit.nn.linear import Linear4bit, is_plain
+from fourbit.nn.linear import Linear4bit, is_plain, unpacked_linear
 from fourbit.nn.loss import causal_lm_loss
 from fourbit.nn.packing import keeps_rows_apart
 from tests.tiny import byte_tokenizer
@@ -47,6 +47,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma": {"type": "gemma", **_HEAD},
     "Gemma 3": {"type": "gemma3_text", "query_pre_attn_scalar": 16, **_HEAD},
     "Phi": {"type": "phi"},
+    "GPT-2": {
+        "type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
     "GPT-NeoX": {"type": "gpt_neox"},
     "OPT": {"type": "opt", "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0, "apart": False},
     "BLOOM": {"type": "bloom", "n_layer": 2, "n_head": 4, "apart": False},
@@ -102,7 +106,7 @@ def test_from_loading_to_the_merge(family: str, tmp_path: Path) -> None:
     base = load(folder)
     heads = {id(base.get_output_embeddings())}
     # Every linear layer but the head. (Routers are not of this class, and stay as they are.)
-    left = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Linear4bit)]
+    left = unpacked_linear(base)
     assert [name for name in left if id(base.get_submodule(name)) not in heads] == []
     packed = [module for module in base.modules() if isinstance(module, Linear4bit)]
     assert len(packed) >= 8
@@ -161,8 +165,10 @@ def test_layers_that_cannot_be_adapted_are_one_line(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_layer_to_pack_is_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path / "model", "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=256)
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel has no linear layer .* model\.quant_type to none"):
+    folder = save(tmp_path / "model", "llama", num_hidden_layers=0)
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM has no linear layer .* model\.quant_type to none"
+    ):
         load(folder)
 
 

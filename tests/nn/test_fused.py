@@ -13,6 +13,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Phi3Config,
@@ -177,6 +178,14 @@ def test_a_rotary_embedding_of_part_of_a_head_is_left() -> None:
     config = GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, rotary_pct=0.5)
     report = fuse(AutoModelForCausalLM.from_config(config))
     assert report.left == {"GPTNeoXAttention": "it turns a part of each head only"}
+
+
+def test_a_rotary_embedding_that_takes_other_shapes_is_left() -> None:
+    """GPT-OSS has cosines for half of a head's width."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 32, "vocab_size": 64}
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **experts, num_key_value_heads=2))
+    assert "its rotary embedding is another" in fuse(model).line()
 
 
 def test_a_rotary_embedding_runs_in_its_model_only_and_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

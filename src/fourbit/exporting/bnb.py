@@ -18,7 +18,7 @@ from fourbit.exporting.hf import write_companions, write_config
 from fourbit.exporting.shards import SHARD_BYTES, ShardWriter
 from fourbit.exporting.streamed import Progress, Streamed
 from fourbit.functional import dequantize_4bit, quantize_4bit
-from fourbit.model.base import quantized_weights
+from fourbit.model.base import quantized_weights, transposed_weights
 from fourbit.model.formats.bnb import bnb_config, to_bnb
 from fourbit.model.quantizer import linear_names
 from fourbit.model.save import check_savable
@@ -95,6 +95,7 @@ def write_bnb(
     target = Path(folder)
     check_output(target, overwrite, [model.base.path])
     names = quantized_weights(model.base.skeleton)
+    stored_so = transposed_weights(model.base.skeleton)
     errors: dict[str, float] = {}
     packed_bytes = weights = 0
     with written_aside(target) as partial:
@@ -104,6 +105,7 @@ def write_bnb(
             for number, (name, tensor) in enumerate(model.tensors.items(), start=1):
                 value = tensor.read()
                 if name in names:
+                    value = value.t().contiguous() if name in stored_so else value
                     q = quantize_4bit(value, quant_type, block_size, double_quant, name=name)
                     errors[name] = _relative_error(dequantize_4bit(q, torch.float32), value)
                     packed_bytes, weights = packed_bytes + q.nbytes, weights + q.numel

@@ -29,7 +29,7 @@ from fourbit.exporting.streamed import (
 )
 from fourbit.functional import dequantize_4bit, quantize_4bit
 from fourbit.model.adapter_folder import read_config
-from fourbit.model.base import Base, open_base, quantized_weights
+from fourbit.model.base import Base, open_base, quantized_weights, transposed_weights
 from fourbit.model.formats.lazy import LazyTensor
 
 Target = Literal["original", "dequantized"]
@@ -228,18 +228,21 @@ def _check_base(
 
 def _restored(opened: Base, quantization: Quantization) -> dict[str, LazyTensor]:
     """The base as the run held it: weights that it quantized, quantized and restored."""
-    names = quantized_weights(opened.skeleton)
+    names, stored_so = quantized_weights(opened.skeleton), transposed_weights(opened.skeleton)
 
     def restored(name: str, tensor: LazyTensor) -> LazyTensor:
         def read() -> Tensor:
+            turned = name in stored_so
+            values = tensor.read()
             q = quantize_4bit(
-                tensor.read(),
+                values.t().contiguous() if turned else values,
                 quantization.quant_type,
                 quantization.block_size,
                 quantization.double_quant,
                 name=name,
             )
-            return dequantize_4bit(q, torch.float32)
+            values = dequantize_4bit(q, torch.float32)
+            return values.t().contiguous() if turned else values
 
         return LazyTensor(read, torch.float32, tensor.shape)
 

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fourbit.config import LoraSettings
 from fourbit.errors import ConfigError, ModelError, nearest
@@ -35,6 +37,7 @@ _ATTENTION = (
     "qkv_proj",
     "query_key_value",
     "c_attn",
+    "attn.c_proj",
     "out_proj",
     "dense",
 )
@@ -154,6 +157,9 @@ def _dispatcher(original: Callable[..., Any], also: Callable[[nn.Module], bool])
     ) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if parameter_name is None and (isinstance(base, Linear4bit) or also(base)):
+            if config.fan_in_fan_out:  # an adapter of a Conv1D, which these layers are not
+                config = copy(config)
+                config.fan_in_fan_out = False
             return LoraLinear(base, adapter_name, config=config, **options)
         return original(target, adapter_name, config, parameter_name, **options)
 
@@ -208,7 +214,7 @@ def _layers(model: nn.Module) -> Iterator[LoraLinear]:
 def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[str]:
     if wanted == "all-linear":
         return "all-linear"
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     if wanted == "attention":
         found = [

@@ -21,6 +21,7 @@ from fourbit.model.finite import check_finite
 from fourbit.model.formats import bnb, gguf, hf
 from fourbit.model.formats.lazy import LazyTensor
 from fourbit.model.quantizer import FourBitQuantizer, linear_names
+from fourbit.nn.linear import is_transposed
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def open_base(
         del config.quantization_config
     skeleton = make_skeleton(place, config, trust_remote_code)
     if scheme is not None:
-        tensors = bnb.restored(packed, scheme, weight_shapes(skeleton), str(place))
+        tensors = bnb.restored(packed, scheme, packed_shapes(skeleton), str(place))
+        stored_so = transposed_weights(skeleton)
+        tensors = {name: _turned(t) if name in stored_so else t for name, t in tensors.items()}
     else:
         tensors = gguf.open_file(place, skeleton) if place.is_file() else hf.open_folder(place)
     tensors = {
@@ -79,13 +82,18 @@ def open_base(
     return base
 
 
-def is_packed(
+def stored_as(
     path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
-) -> bool:
-    """Whether this is a 4-bit checkpoint. Raises ModelError for what is no model."""
+) -> tuple[bool, torch.dtype]:
+    """Whether this is a 4-bit checkpoint, and the dtype in which other weights are read from it.
+
+    Raises ModelError for what is no model.
+    """
     place = locate(os.fspath(path), revision)
     config = read_config(place, place.is_file(), trust_remote_code)
-    return bnb.is_bnb_4bit(getattr(config, "quantization_config", None))
+    packed = bnb.is_bnb_4bit(getattr(config, "quantization_config", None))
+    known = None if place.is_file() else config.get_text_config().dtype
+    return packed, known if isinstance(known, torch.dtype) else torch.float32
 
 
 def check_readable(path: str, stored: dict[str, Any] | None) -> None:
@@ -100,6 +108,19 @@ def check_readable(path: str, stored: dict[str, Any] | None) -> None:
 def weight_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """The shape of every weight by its name, tied ones under each of theirs."""
     return {name: tuple(parameter.shape) for name, parameter in _weights(skeleton)}
+
+
+def transposed_weights(skeleton: PreTrainedModel) -> set[str]:
+    """Names of the weights of linear layers that are stored as [in, out], GPT-2's."""
+    return {f"{name}.weight" for name, module in skeleton.named_modules() if is_transposed(module)}
+
+
+def packed_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """As `weight_shapes`, with those of linear layers as they are packed, [out, in]."""
+    stored_so = transposed_weights(skeleton)
+    return {
+        name: shape[::-1] if name in stored_so else shape for name, shape in weight_shapes(skeleton).items()
+    }
 
 
 def check_fit(place: Path, skeleton: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> None:
@@ -230,6 +251,11 @@ def guard(source: Path, action: Any) -> Any:
 
 def _weights(skeleton: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return list(skeleton.named_parameters(remove_duplicate=False))
+
+
+def _turned(tensor: LazyTensor) -> LazyTensor:
+    assert tensor.shape is not None
+    return LazyTensor(lambda: tensor.read().t().contiguous(), tensor.dtype, tensor.shape[::-1])
 
 
 def _finite(tensor: LazyTensor, where: str) -> LazyTensor:

@@ -26,9 +26,9 @@ from fourbit.model.base import (
     guard,
     locate,
     make_skeleton,
+    packed_shapes,
     quantized_weights,
     read_config,
-    weight_shapes,
 )
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.finite import check_model
@@ -193,7 +193,7 @@ def _open(
         del config.quantization_config
         skeleton = make_skeleton(source, config, trust_remote_code)
         check_total(source, skeleton, packed)
-        bnb.check_places(scheme, str(source), weight_shapes(skeleton))
+        bnb.check_places(scheme, str(source), packed_shapes(skeleton))
         left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
         settings = FourBitConfig(
             scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left

@@ -23,7 +23,7 @@ from fourbit.errors import ConfigError, FourBitError
 from fourbit.model.formats.bnb import bnb_config
 from fourbit.model.formats.lazy import OriginalTensor
 from fourbit.model.save import checkpoint_tensors
-from fourbit.nn.linear import Linear4bit, is_plain, unpacked_linear
+from fourbit.nn.linear import Linear4bit, features, is_plain, is_transposed, unpacked_linear
 
 
 @register_quantization_config("fourbit")
@@ -114,8 +114,7 @@ class FourBitQuantizer(HfQuantizer):
         for name in linear_names(model, skipped):
             linear = cast(nn.Linear, model.get_submodule(name))
             replacement = Linear4bit(
-                linear.in_features,
-                linear.out_features,
+                *features(linear),
                 bias=linear.bias is not None,
                 quant_type=config.quant_type,
                 block_size=config.block_size,
@@ -124,6 +123,8 @@ class FourBitQuantizer(HfQuantizer):
                 device="meta",
                 dtype=model.dtype,
             )
+            # Packed it is [out, in] all the same, as with bitsandbytes.
+            replacement.transposed = is_transposed(linear)
             if linear.bias is not None:
                 replacement.bias = linear.bias
             if not self.pre_quantized:
@@ -168,7 +169,7 @@ def linear_names(model: nn.Module, skipped: list[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if is_plain(module) and should_convert_module(name, skipped)
+        if (is_plain(module) or is_transposed(module)) and should_convert_module(name, skipped)
     ]
 
 
@@ -179,11 +180,17 @@ class _Quantize(ConversionOps):
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         (name, value), *_ = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
         if isinstance(weight, OriginalTensor):
             weight = weight.read()
+        assert model is not None
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(layer, Linear4bit) and layer.transposed:
+            weight = weight.t().contiguous()
         config = self.quantizer.quantization_config
         try:
             q = functional.quantize_4bit(

@@ -14,10 +14,11 @@ The bytes are bitsandbytes' and are never rewritten: what trains is what was loa
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fourbit.codebooks import check_block_size, check_codebook, check_quant_type
 from fourbit.codebooks import codebook as builtin_codebook
@@ -36,6 +37,7 @@ class Linear4bit(nn.Linear):
     dtype          of the bias and of what `dequantize` returns; the weight's original one
     codebook       fp32 [16] for quant_type "custom"
 
+    `transposed` says that the model has a Conv1D here (GPT-2), whose weight is [in_features, out_features].
     A new layer has undefined bytes, to be filled by loading or materialised from the meta device; see
     `from_linear` and `from_quantized`. The parameters are described at the top of the module.
     """
@@ -43,6 +45,7 @@ class Linear4bit(nn.Linear):
     weight: nn.Parameter
     weight_absmax: nn.Parameter
     weight_consts: nn.Parameter | None
+    transposed: bool = False
 
     def __init__(
         self,
@@ -227,8 +230,28 @@ def unpacked_linear(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, Linear4bit)
     ]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is GPT-2's linear layer, whose weight is stored as [in, out]."""
+    return type(module) is Conv1D
+
+
+def as_conv1d(linear: nn.Linear) -> Conv1D:
+    """GPT-2's layer that computes what this one does; weights of their own, the bias shared."""
+    with torch.device("meta"):
+        layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight = nn.Parameter(linear.weight.detach().t().contiguous(), linear.weight.requires_grad)
+    layer.bias = linear.bias
+    return layer
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an `nn.Linear` or a `Conv1D`."""
+    out_features, in_features = cast(Tensor, module.weight).shape
+    return (out_features, in_features) if is_transposed(module) else (in_features, out_features)
 
 
 def is_plain(module: nn.Module) -> bool:

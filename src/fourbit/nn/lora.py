@@ -28,7 +28,7 @@ from fourbit.kernels.product import Adapter, Dropout, product_grad
 from fourbit.memory.tracker import has_values
 from fourbit.nn.copies import own_copy
 from fourbit.nn.dropout import KeySource, TokenKeys
-from fourbit.nn.linear import Linear4bit
+from fourbit.nn.linear import Linear4bit, as_conv1d
 from fourbit.nn.remake import Remake, remake_of
 
 #: Initialisations that need the base's weights as numbers.
@@ -138,7 +138,7 @@ class LoraLinear(PeftLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer, or with `merge` a 16-bit `nn.Linear` of dequantized weight plus adapters."""
+        """The base layer, or with `merge` a 16-bit one of dequantized weight plus adapters."""
         base = self.get_base_layer()
         if not isinstance(base, Linear4bit):
             if merge:
@@ -152,7 +152,7 @@ class LoraLinear(PeftLinear):
         self.base_layer = plain
         PeftLinear.merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
         plain.weight.data = plain.weight.data.to(base.compute_dtype)
-        return plain
+        return as_conv1d(plain) if base.transposed else plain
 
 
 class _FusedLora(torch.autograd.Function):
