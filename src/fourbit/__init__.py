@@ -14,7 +14,7 @@ _WHERE = {
     "load": "fourbit.model.load",
     "add_lora": "fourbit.model.adapters",
     "save_quantized": "fourbit.model.save",
-    "plan": "fourbit.training.planner",
+    "plan": "fourbit.training.plan",
     "train": "fourbit.training.run",
     "merge": "fourbit.exporting.export",
     "export": "fourbit.exporting.export",

@@ -244,6 +244,11 @@ class TrainSettings(_Settings):
         description="where the kept inputs of layers wait for backward: device, host (pinned memory beside a "
         "GPU), or disk (a file in the run folder); changes memory and speed only",
     )
+    shard_weights: bool = Field(
+        default=False,
+        description="under torchrun, each process holds a share of every decoder layer's weights and gathers "
+        "a layer when it computes it; changes memory and speed only",
+    )
     fused: bool = Field(
         default=True,
         description="on a CPU, compute with fourbit's attention, norms, gated MLPs and rotary "

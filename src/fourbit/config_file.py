@@ -5,6 +5,7 @@ Unknown keys are errors that name the nearest known one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -48,6 +49,18 @@ def resolve(tree: dict[str, Any], source: str = "settings") -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error, source)) from None
+
+
+def place(
+    tree: dict[str, Any], settings: Mapping[str, Any], sections: Mapping[str, type[BaseModel]], where: str
+) -> None:
+    """Put each setting into the section that has it; raises ConfigError for one that none has."""
+    for key, value in settings.items():
+        section = next((name for name, kind in sections.items() if key in kind.model_fields), None)
+        if section is None:
+            known = [field for kind in sections.values() for field in kind.model_fields]
+            raise ConfigError(f"{where}: unknown setting '{key}'{nearest(key, known)}")
+        tree[section][key] = value
 
 
 def dump_config(config: RunConfig) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fourbit.config import RunConfig
 from fourbit.errors import TrainingError
+from fourbit.model.compute import choose_compute_dtype
 from fourbit.optim import adamw
 from fourbit.training import checkpoint, durable, loop
 from fourbit.training import run as training
@@ -186,7 +187,7 @@ def test_an_early_stop_stays(settings: Any, monkeypatch: pytest.MonkeyPatch) -> 
     class Result:
         loss = 1.0
 
-    monkeypatch.setattr(loop, "heldout_loss", lambda *_, chunk: Result())
+    monkeypatch.setattr(loop, "heldout_loss", lambda *_, **__: Result())
     config = settings(train__max_steps=8, train__eval_every=1, train__early_stop_patience=2)
     assert trained(config)[0] == "early"
     before = contents(config.output)
@@ -405,7 +406,7 @@ def test_auto_takes_the_dtype_that_the_run_measured(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(model__compute_dtype="auto")
-    measured = training.choose_compute_dtype("auto").dtype
+    measured = choose_compute_dtype("auto").dtype
     other = torch.float32 if measured == torch.bfloat16 else torch.bfloat16
     name = str(other).removeprefix("torch.")
     trained(settings(model__compute_dtype=name))

@@ -186,7 +186,9 @@ def test_an_evaluation_forms_no_more_logits_at_once_than_a_step(
 ) -> None:
     chunks: list[int] = []
     real = loop.heldout_loss
-    monkeypatch.setattr(loop, "heldout_loss", lambda *a, chunk: chunks.append(chunk) or real(*a, chunk=chunk))
+    monkeypatch.setattr(
+        loop, "heldout_loss", lambda *a, chunk, **more: chunks.append(chunk) or real(*a, chunk=chunk, **more)
+    )
     training.run(settings(train__max_steps=1, train__loss_chunk=3), quiet())
     assert chunks == [3]
 
@@ -199,7 +201,7 @@ def test_the_best_adapter_is_kept_and_a_plateau_stops(settings: Any, monkeypatch
             self.loss = next(losses)
 
     saved = []
-    monkeypatch.setattr(loop, "heldout_loss", lambda *_, chunk: Result())
+    monkeypatch.setattr(loop, "heldout_loss", lambda *_, **__: Result())
     real = loop.checkpoint.save_best
     monkeypatch.setattr(
         loop.checkpoint, "save_best", lambda folder, model: (saved.append(1), real(folder, model))

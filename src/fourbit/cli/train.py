@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rich.console import Console
+
 from fourbit.cli.common import add_config_arguments, console, print_json, read_settings
 from fourbit.cli.main import INTERRUPTED
 from fourbit.cli.plan import add_memory_argument
@@ -31,18 +33,22 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, or with --dry-run say what would be trained."""
     config = read_settings(args)
-    from fourbit.training import run as training  # torch and transformers, only once the settings are right
+    from fourbit.processes import join  # torch and transformers, only once the settings are right
+    from fourbit.training import run as training
 
-    out = console(args.json)
+    leads = join().leads
+    out = console(args.json) if leads else Console(quiet=True)
     budget = parse_size(args.memory) if args.memory else None
     if args.dry_run:
         plan = training.dry_run(config, out, budget)
-        if args.json:
+        if args.json and leads:
             print_json(plan)
         return 0
     result = training.run(
         config, out, resume=args.resume, overwrite=args.overwrite, memory=budget, predict=True
     )
+    if not leads:
+        return INTERRUPTED if result.stopped == "interrupted" else 0
     if args.json:
         print_json({**result.metrics, "folder": str(result.folder), "adapter": str(result.adapter)})
     else:

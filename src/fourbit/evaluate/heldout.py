@@ -17,6 +17,7 @@ from fourbit.errors import DataError
 from fourbit.evaluate.batching import length_batches
 from fourbit.evaluate.context import evaluating
 from fourbit.nn.loss import causal_lm_loss, row_losses
+from fourbit.processes import ALONE, Processes
 
 #: Padded tokens per forward pass: enough to keep two cores at their matrix-multiply rate, few enough to
 #: stay below the memory of a training step.
@@ -44,22 +45,27 @@ def heldout_loss(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     chunk: int = LOSS_CHUNK,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> HeldoutLoss:
     """Mean loss over the trained tokens of all examples, and their number.
 
-    Examples are batched by length; chunk is as in `causal_lm_loss`; `progress(done, total)` counts examples.
+    Examples are batched by length; chunk is as in `causal_lm_loss`; `progress(done, total)` counts examples;
+    several processes share the batches, and all get the result.
     Raises DataError if no token of them is trained.
     """
     device = next(model.parameters()).device
-    total, count, done = 0.0, 0, 0
+    batches = length_batches(lengths_of(examples), tokens_per_batch)
+    losses, counts, done = [0.0] * len(batches), [0.0] * len(batches), 0
     # Not inference_mode: this runs between training steps, which may meet what it leaves in caches.
     with evaluating(model), torch.no_grad():
-        for indices in length_batches(lengths_of(examples), tokens_per_batch):
+        for place, indices, counted in processes.turns(batches):
             batch = collate([examples[index] for index in indices], pad_id).to(device)
             loss, tokens = causal_lm_loss(model, batch, chunk)
-            total, count, done = total + float(loss), count + tokens, done + len(indices)
+            if counted:
+                losses[place], counts[place], done = float(loss), float(tokens), done + len(indices)
             if progress is not None:
                 progress(done, len(examples))
+    total, count = sum(processes.merged(losses)), round(sum(processes.merged(counts)))
     if count == 0:
         raise DataError(
             "no token of the held-out rows is trained, so there is no loss; give rows with answers"

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fourbit.errors import MemoryBudgetError
 from fourbit.memory.plan import Choice, Plan, Refused
 from fourbit.memory.sizes import size_text
 
-#: Recomputing a layer in backward adds a forward pass to one forward and about two backward.
-_RECOMPUTING = 4 / 3
+#: Passes of a layer: forward, about two backward, and one more where backward recomputes it.
+_KEEPING, _RECOMPUTING = 3, 4
 #: Tokens at which a micro-batch's fixed cost (restoring weights, starting kernels) equals its products'.
 _FIXED_TOKENS = 64
-#: What smaller pieces of the loss cost: each reads the whole head again.
-_SMALL_CHUNK = 1.02
+#: The same of a piece of the loss, each of which reads the whole head again (docs/log.md).
+_FIXED_LABELS = 20
 #: What reading and writing optimizer states costs a step.
-_PAGING = 1.03
+_PAGING = 1.02
 #: What writing and reading the inputs of layers costs, beside the computing.
 _WAITING = 1.05
 #: What reading weights from the disk for every micro-batch costs.
 _READING = 1.5
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a model, of which the loss forms logits in pieces.
+
+    share     of the weights that a token is multiplied with
+    words     rows of the head
+    labelled  share of the tokens that carry a label
+    """
+
+    share: float
+    words: int
+    labelled: float = 1.0
+
+    def labels(self, chunk: int) -> float:
+        """Labels of a piece of so many MiB of logits in fp32."""
+        return max(1.0, chunk * 2**20 / (4 * self.words))
+
+
+NO_HEAD = Head(0.0, 1)
 
 
 def alternatives(
@@ -30,15 +51,17 @@ def alternatives(
     optimizer_memory: int | None = None,
     tiers: Sequence[str] = ("device",),
     activation_tiers: Sequence[str] = ("device",),
+    head: Head = NO_HEAD,
 ) -> list[Choice]:
     """All choices, those expected to be faster first.
 
+    head              of the model; none: choices differ in nothing that it costs
     tiers             where the packed weights may be; those on the disk need activation checkpointing
     activation_tiers  where the inputs of layers may wait, with activation checkpointing
     """
     sizes = [1 << power for power in range(effective_batch.bit_length())]
     rows = sorted({*(size for size in sizes if size <= effective_batch), effective_batch})
-    chunks = sorted({loss_chunk, max(1, loss_chunk // 4)})
+    chunks = sorted({loss_chunk, max(1, loss_chunk // 4)}, reverse=True)
     found = [
         Choice(n, recompute, chunk, paged, tier, waiting)
         for n in rows
@@ -51,9 +74,11 @@ def alternatives(
     ]
 
     def cost(choice: Choice) -> float:
-        time = 1 + _FIXED_TOKENS / (choice.micro_batch * tokens)
-        time *= _RECOMPUTING if choice.activation_checkpointing else 1
-        time *= _SMALL_CHUNK if choice.loss_chunk < loss_chunk else 1
+        computed = choice.micro_batch * tokens
+        passes = _RECOMPUTING if choice.activation_checkpointing else _KEEPING
+        time = (1 - head.share) * passes * (1 + _FIXED_TOKENS / computed)
+        labels = min(head.labels(choice.loss_chunk), max(1.0, computed * head.labelled))
+        time += head.share * head.labelled * _KEEPING * (1 + _FIXED_LABELS / labels)
         time *= _PAGING if choice.optimizer_memory == 0 else 1
         time *= _WAITING if choice.activation_tier != "device" else 1
         return time * (_READING if choice.weight_tier != "device" else 1)

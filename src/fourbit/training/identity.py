@@ -32,6 +32,7 @@ from fourbit.diagnose.machine import check_cores
 from fourbit.exporting.provenance import versions
 from fourbit.kernels import native
 from fourbit.memory.stream import stream_of
+from fourbit.processes import join
 from fourbit.training.checkpoint import State
 from fourbit.training.schedule import learning_rate
 
@@ -44,6 +45,7 @@ _MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.activation_tier",
     "train.compact_heap",  # of earlier versions
+    "train.shard_weights",
     "train.optimizer_memory",
 )
 _BASE = ("model.path", "model.revision", "model.quant_type", "model.block_size", "model.double_quant")
@@ -71,7 +73,7 @@ _NAMES = {
     "instruction_set": "the instruction set",
 }
 #: These need not change a result, and may: said, not refused.
-_REMARKED = {"processor": "the processor", "code": "fourbit's code"}
+_REMARKED = {"processor": "the processor", "code": "fourbit's code", "processes": "the number of processes"}
 #: Variables that make the libraries take other kernels than the processor's best.
 _KERNEL_CHOICES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 _PEFT_IGNORED = {"base_model_name_or_path", "inference_mode", "revision", "peft_version"}
@@ -108,6 +110,7 @@ def describe(
         "compute_dtype": str(autocast_dtype or base.dtype).removeprefix("torch."),
         "device": _device(parameter.device),
         "threads": torch.get_num_threads(),
+        "processes": join().size,
         "instruction_set": _instruction_set(),
         "peak_rate": peak_rate,
         "steps": steps,
@@ -140,7 +143,8 @@ def remarks(stored: State, now: Record) -> list[str]:
     found = [
         f"{name} is another one than when the run began; if its sums round differently, so will the run"
         for key, name in _REMARKED.items()
-        if stored.identity.get(key) != now.identity[key]
+        # Runs of earlier versions had one process, and do not say so.
+        if stored.identity.get(key, 1 if key == "processes" else None) != now.identity[key]
     ]
     progress, steps = stored.progress, stored.identity["steps"]
     ended = progress.step == progress.evaluated_step == steps

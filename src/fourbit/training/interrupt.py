@@ -11,21 +11,23 @@ from types import FrameType
 
 @contextmanager
 def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM sets a flag that the loop reads; a second one stops at once."""
-    raised = False
+    """The first Ctrl-C or SIGTERM sets a flag that the loop reads; the same once more stops at once.
+
+    Not another one: torchrun sends SIGTERM to processes that a terminal has sent SIGINT.
+    """
+    raised: set[int] = set()
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal raised
-        if raised:
+        if signum in raised:
             raise KeyboardInterrupt
-        raised = True
+        raised.add(signum)
 
     if threading.current_thread() is not threading.main_thread():  # signals are not ours to catch
         yield lambda: False
         return
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: raised
+        yield lambda: bool(raised)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ from peft import PeftModel
 from torch import nn
 
 from fourbit.config import TrainSettings
-from fourbit.data.batch import Batch, effective_batches
+from fourbit.data.batch import effective_batches
 from fourbit.data.examples import length_of
-from fourbit.data.render import Example
 from fourbit.data.steps import batch_of, groups
 from fourbit.errors import TrainingError
 from fourbit.evaluate.heldout import heldout_loss
@@ -42,25 +39,7 @@ from fourbit.training.relief import OutOfMemory, next_relief, reason_of, relieve
 from fourbit.training.repeatable import repeatable, seed_micro_batch
 from fourbit.training.scaling import LossScale
 from fourbit.training.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class Work:
-    """Everything the loop needs, prepared.
-
-    learning_rate   the peak of the schedule
-    autocast_dtype  compute dtype where trained weights are fp32 inside 16-bit layers, else None
-    """
-
-    model: nn.Module
-    train: Sequence[Example]
-    heldout: Sequence[Example]
-    pad_id: int
-    settings: TrainSettings
-    learning_rate: float
-    autocast_dtype: torch.dtype | None
-    folder: Path
-    device: torch.device
+from fourbit.training.work import Work, autocast
 
 
 @dataclass(frozen=True)
@@ -117,6 +96,8 @@ def run_loop(
     first_step, first_tokens = progress.step, progress.tokens
 
     def save() -> None:
+        if not work.processes.leads:
+            return
         # Metrics first: a checkpoint on the disk must find there all lines that came before it.
         made_of = metrics.sync(), record.settings, record.identity
         state = checkpoint.State(progress, guard.state(), *made_of, relief, scale.state())
@@ -189,7 +170,7 @@ def run_loop(
                 },
             )
             due = _is_evaluation_due(progress, settings, total)
-            stop = interrupted()
+            stop = work.processes.any(interrupted())
             if due and not stop:
                 _evaluate(work, progress, metrics, line)
             if due or stop:
@@ -198,7 +179,7 @@ def run_loop(
                 if _is_plateau(progress, settings, total):
                     stopped = "early"
                     break
-                stop = interrupted() and progress.step < total
+                stop = work.processes.any(interrupted()) and progress.step < total
             if stop:
                 stopped = "interrupted"
                 break
@@ -248,19 +229,27 @@ def _optimizer_step(
     who sends SIGTERM may not wait for the end of a long step. Raises OutOfMemory, likewise.
     """
     while True:
-        loss: float | None = None
+        losses: list[float] | None = None
         shortage = None
         try:
-            loss = _add_gradients(work, step, rows, scale.factor, interrupted)
+            losses = _add_gradients(work, step, rows, scale.factor, interrupted)
         except (RuntimeError, MemoryError) as error:
             shortage = reason_of(error)
             if shortage is None:
                 raise
+            if work.processes.together:  # the others wait inside the step for what this one would send
+                raise TrainingError(
+                    f"step {step + 1}: {shortage} in process {work.processes.rank}; lower train.micro_batch"
+                ) from None
+        if work.processes.any(shortage is not None) and shortage is None:
+            shortage = "memory ran out in another process"
         if shortage is not None:  # raised here, since the error above holds on to the tensors of its frames
             raise OutOfMemory(shortage)
-        if loss is None:
+        if losses is None:
             optimizer.zero_grad(set_to_none=True)
             return None
+        loss = sum(work.processes.merged(losses))
+        work.processes.sum_gradients(parameters)
         scale.take_off(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, work.settings.max_grad_norm).item()
         if math.isfinite(grad_norm):
@@ -280,44 +269,50 @@ def _optimizer_step(
 
 def _add_gradients(
     work: Work, step: int, rows: list[int], factor: float, interrupted: Callable[[], bool]
-) -> float | None:
-    """Mean loss per labelled token, its gradients times a factor left in the weights; None: interrupted."""
+) -> list[float] | None:
+    """Each micro-batch's part of the mean loss per labelled token, zero for those of other processes.
+
+    Its gradients, times a factor, are left in the weights. None: interrupted.
+    """
     # Position 0 predicts nothing before it, so a label there carries no loss.
     labelled = max(1, sum(sum(work.train[row].trained[1:]) for row in rows))
     keys = key_source(work.model)
-    loss = 0.0
-    for index, batch in enumerate(_micro_batches(work, rows)):
-        if index > 0 and interrupted():
+    computed = groups(rows, work.train, work.settings)
+    losses = [0.0] * len(computed)
+    for turn, (index, group, counts) in enumerate(work.processes.turns(computed)):
+        if turn > 0 and work.processes.size == 1 and interrupted():  # several stop together, after the step
             return None
+        batch = batch_of([work.train[row] for row in group], work.pad_id, work.settings).to(work.device)
         seed_micro_batch(work.settings.seed, step, index)
         if keys is not None:
             keys.set(work.settings.seed, step, batch.rows, batch.position_ids)
         with autocast(work):
             loss_sum, _ = causal_lm_loss(work.model, batch, work.settings.loss_chunk)
-        (loss_sum / labelled * factor).backward()
-        loss += loss_sum.item() / labelled
+        (loss_sum / labelled * (factor if counts else 0.0)).backward()
+        if counts:
+            losses[index] = loss_sum.item() / labelled
     if keys is not None:
         keys.clear()
-    return loss
-
-
-def _micro_batches(work: Work, rows: list[int]) -> Iterator[Batch]:
-    """The rows of an optimizer step, end to end or padded."""
-    for group in groups(rows, work.train, work.settings):
-        yield batch_of([work.train[row] for row in group], work.pad_id, work.settings).to(work.device)
+    return losses
 
 
 def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter, line: ProgressLine) -> None:
     """Held-out loss; keeps the adapter when it is the best so far. Without held-out rows the last is kept."""
     progress.evaluated_step = progress.step
     if not work.heldout:
-        checkpoint.save_best(work.folder, work.model)
+        _save_best(work)
         progress.best_step = progress.step
         return
     began = time.monotonic()
     work.model.eval()
     with autocast(work):
-        result = heldout_loss(work.model, work.heldout, work.pad_id, chunk=work.settings.loss_chunk)
+        result = heldout_loss(
+            work.model,
+            work.heldout,
+            work.pad_id,
+            chunk=work.settings.loss_chunk,
+            processes=work.processes,
+        )
     train_mode(work.model)
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
@@ -326,11 +321,16 @@ def _evaluate(work: Work, progress: checkpoint.Progress, metrics: MetricsWriter,
             progress.step,
             0,
         )
-        checkpoint.save_best(work.folder, work.model)
+        _save_best(work)
     else:
         progress.evaluations_since_best += 1
     metrics.write(progress.step, {"heldout_loss": result.loss}, {"heldout_seconds": time.monotonic() - began})
     line.note(f"step {progress.step}: held-out loss {result.loss:.4f}{' (best so far)' if better else ''}")
+
+
+def _save_best(work: Work) -> None:
+    if work.processes.leads:
+        checkpoint.save_best(work.folder, work.model)
 
 
 def train_mode(model: nn.Module) -> None:
@@ -342,10 +342,3 @@ def train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and id(module) not in adapter_dropouts:
             module.eval()
-
-
-def autocast(work: Work) -> AbstractContextManager[object]:
-    """The block that a run's forward passes are computed in."""
-    if work.autocast_dtype is None:
-        return nullcontext()
-    return torch.autocast(work.device.type, work.autocast_dtype)

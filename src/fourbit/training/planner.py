@@ -1,4 +1,4 @@
-"""From the settings of a run to its plan: `fourbit.plan`.
+"""From the settings of a run to its plan.
 
 Weights are counted on the model's skeleton, a step's memory is rehearsed on tensors without storage
 (`rehearse`), the runtime is measured (`runtime`). Nothing of the weights is read.
@@ -6,29 +6,25 @@ Weights are counted on the model's skeleton, a step's memory is rehearsed on ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from fourbit.config import DataSettings, LoraSettings, ModelSettings, RunConfig, TrainSettings
-from fourbit.config_file import resolve
+from fourbit.config import RunConfig
 from fourbit.data.pack import packed_size
-from fourbit.errors import ConfigError, nearest
 from fourbit.evaluate.heldout import TOKENS_PER_BATCH
 from fourbit.kernels import native
 from fourbit.memory.activations import IN_MEMORY
-from fourbit.memory.choose import alternatives, choose
+from fourbit.memory.choose import Head, alternatives, choose
 from fourbit.memory.plan import Choice, Part, Phase, Plan
-from fourbit.memory.sizes import parse_size
-from fourbit.memory.weights import Weights, count_weights
-from fourbit.model.base import is_packed
+from fourbit.memory.weights import Weights, count_weights, loading_bytes
+from fourbit.model.base import stored_as
 from fourbit.ops.linear import multiplies_panels
 from fourbit.optim.adamw import state_bytes
+from fourbit.processes import join
 from fourbit.shapes import rounded_size
 from fourbit.training.layout import takes_any_length
 from fourbit.training.rehearse import Rehearsal
@@ -62,7 +58,6 @@ class Planner:
         skeleton = run_skeleton(config, target.dtype)
         self.weights: Weights = count_weights(skeleton)
         base: Any = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
-        self._largest = max(p.numel() for p in base.parameters())
         self._kinds = len(
             {
                 (module.in_features, module.out_features)
@@ -75,11 +70,13 @@ class Planner:
             and self.weights.codes > 0
             and multiplies_panels(torch.empty(1, 1, dtype=target.dtype), self.weights.codes)
         )
-        self._vocabulary = int(base.config.get_text_config().vocab_size)
-        base_settings = config.model
-        self._can_map = target.on_cpu and is_packed(
-            base_settings.path, base_settings.revision, base_settings.trust_remote_code
-        )
+        text = base.config.get_text_config()
+        self._vocabulary, self._tied = int(text.vocab_size), bool(text.tie_word_embeddings)
+        self._head_weights = self._vocabulary * int(text.hidden_size)
+        source = config.model
+        packed, dtype = stored_as(source.path, source.revision, source.trust_remote_code)
+        self._can_map = target.on_cpu and packed
+        self._copies = loading_bytes(base, dtype, packed)
         fused = config.train.fused and target.on_cpu and native.available()
         ours = fused and base.config._attn_implementation == "sdpa"
         free = config.train.padding_free
@@ -108,7 +105,7 @@ class Planner:
     def tiers(self) -> tuple[str, ...]:
         """Where the packed weights may be."""
         asked = self._config.model.weight_tier
-        if asked != "device" or not self.weights.codes:
+        if asked != "device" or not self.weights.codes or self._shares > 1:
             return (asked,)
         if not self._target.on_cpu:
             return ("device", "host")
@@ -122,6 +119,10 @@ class Planner:
 
     def choose(self, budget: int) -> Plan:
         """The fastest plan within a budget in bytes. Raises MemoryBudgetError."""
+        return choose(self.plan, self.choices(), budget)
+
+    def choices(self) -> list[Choice]:
+        """All that may be chosen for this run, those expected to be faster first."""
         train = self._config.train
         found = alternatives(
             train.effective_batch,
@@ -130,15 +131,20 @@ class Planner:
             train.optimizer_memory,
             self.tiers,
             self.activation_tiers,
+            self._head,
         )
         weights, bits = self.weights.trained // 4, self._bits
-        if (
-            state_bytes(weights, bits, 0)[0] >= state_bytes(weights, bits, None)[0]
-        ):  # too few to gain by paging
+        if state_bytes(weights, bits, 0)[0] >= state_bytes(weights, bits, None)[0]:  # too few to gain
             found = [choice for choice in found if choice.optimizer_memory == train.optimizer_memory]
         if train.packing is not None:  # packs are computed one at a time
             found = [choice for choice in found if choice.micro_batch == 1]
-        return choose(self.plan, found, budget)
+        return found
+
+    @property
+    def _head(self) -> Head:
+        looked_up = 0 if self._tied else self._head_weights  # the embedding, of the same size
+        share = self._head_weights / (self.weights.parameters - looked_up)
+        return Head(share, self._vocabulary, self._rows.trained)
 
     def plan(self, choice: Choice) -> Plan:
         """What the run takes under a choice."""
@@ -191,6 +197,9 @@ class Planner:
 
     def _packed(self, choice: Choice) -> list[Part]:
         weights = self.weights
+        if self._shares > 1:
+            detail = f"{self._config.model.quant_type}, 1/{self._shares} of them and two layers"
+            return [Part("packed weights", self._shared, detail)]
         if choice.weight_tier == "device":
             return [
                 Part("packed weights", weights.codes, self._config.model.quant_type),
@@ -203,6 +212,16 @@ class Planner:
             layers, text, where = 2, "two layers", "in host memory"
         detail = f"{text} of {depth}; {every / 1e6:,.0f} MB {where}"
         return [Part("packed weights", -(-layers * every // depth), detail, tier=choice.weight_tier)]
+
+    @property
+    def _shares(self) -> int:
+        return join().size if self._config.train.shard_weights else 1
+
+    @property
+    def _shared(self) -> int:
+        """This process's share, and two layers gathered: one computes, the next arrives."""
+        every = self.weights.codes + self.weights.scales
+        return -(-every // self._shares) + 2 * -(-every // self._rehearsal.depth)
 
     @property
     def _bits(self) -> int:
@@ -288,19 +307,17 @@ class Planner:
 
     def _loading(self, choice: Choice) -> Phase:
         later = sum(part.size for part in self._held(choice) if part.name in _AFTER_LOADING)
-        copies = 4 * self._largest * (2 if Path(self._config.model.path).suffix == ".gguf" else 1)
-        return Phase("loading", (Part("largest weight", copies, "as it is read"),), absent=later)
+        parts = [Part("a weight", self._copies, "as it is read")]
+        if self._shares > 1 and self._target.on_cpu:
+            whole = self.weights.codes + self.weights.scales - self._shared
+            parts.append(Part("other shares", whole, "until all is loaded"))
+        return Phase("loading", tuple(parts), absent=later)
 
 
 _AFTER_LOADING = (
-    "adapters",
-    "gradients",
-    "optimizer states",
-    "dequantize buffer",
-    "product scratch",
-    "rows",
+    "adapters", "gradients", "optimizer states", "dequantize buffer", "product scratch", "rows",
     "generated code",
-)
+)  # fmt: skip
 
 
 def plan_run(
@@ -314,41 +331,3 @@ def plan_run(
     """
     planner = Planner(config, Target.of(config, device), rows or Rows(config.data.max_length))
     return planner.plan(planner.asked) if memory is None else planner.choose(memory)
-
-
-def plan(
-    model: str,
-    data: str | Sequence[str] = "data.jsonl",
-    *,
-    memory: str | int | None = None,
-    device: str | None = None,
-    **settings: Any,
-) -> Plan:
-    """What a run will use, before anything is loaded; only configuration and headers are read.
-
-    model     a folder, hub name or .gguf file; config.json alone will do
-    data      not read
-    memory    a budget, such as "24GB" or a number of bytes, for which the fastest plan that fits is chosen
-    device    cpu, cuda, or a card's name such as "rtx-4090", which need not be here
-    settings  keys of ModelSettings, LoraSettings, DataSettings and TrainSettings: r=64, max_length=512, ...
-
-    Raises MemoryBudgetError where nothing fits, and ConfigError or ModelError in one line.
-    """
-    files = [data] if isinstance(data, str) else list(data)
-    tree: dict[str, Any] = {"model": {"path": model}, "lora": {}, "data": {"train": files}, "train": {}}
-    for key, value in settings.items():
-        section = next((name for name, kind in _SECTIONS.items() if key in kind.model_fields), None)
-        if section is None:
-            known = [field for kind in _SECTIONS.values() for field in kind.model_fields]
-            raise ConfigError(f"fourbit.plan: unknown setting '{key}'{nearest(key, known)}")
-        tree[section][key] = value
-    budget = parse_size(memory) if isinstance(memory, str) else memory
-    return plan_run(resolve(tree, "fourbit.plan"), budget, device)
-
-
-_SECTIONS: dict[str, type[ModelSettings | LoraSettings | DataSettings | TrainSettings]] = {
-    "model": ModelSettings,
-    "lora": LoraSettings,
-    "data": DataSettings,
-    "train": TrainSettings,
-}

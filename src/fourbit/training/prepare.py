@@ -13,7 +13,9 @@ from fourbit.data.gate import prepare
 from fourbit.data.read import iter_rows
 from fourbit.data.view import report_table
 from fourbit.model.adapters import add_lora, parameter_counts
+from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.load import load, load_report
+from fourbit.processes import join
 
 
 def check_data(config: RunConfig) -> None:
@@ -31,14 +33,18 @@ def prepare_model(
     """The base as configured, with a fresh adapter, or all of it trainable under `lora: none`."""
     settings = config.model
     full = config.lora is None
+    dtype, device = str(settings.compute_dtype), settings.device
+    if config.train.shard_weights and join().size > 1:  # whole in host memory, each share where it belongs
+        dtype = str(choose_compute_dtype(dtype, choose_device(device)).dtype).removeprefix("torch.")
+        device = "cpu"
     base, tokenizer = load(
         settings.path,
         quant_type=settings.quant_type,
         double_quant=settings.double_quant,
         block_size=settings.block_size,
         # Full fine-tuning keeps fp32 master weights and computes under autocast.
-        compute_dtype="float32" if full else settings.compute_dtype,
-        device=settings.device,
+        compute_dtype="float32" if full else dtype,
+        device=device,
         weight_tier=settings.weight_tier,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,

@@ -10,41 +10,43 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourbit.config import DataSettings, RunConfig, TrainSettings, learning_rate_for
-from fourbit.config_file import dump_config, resolve
-from fourbit.data.examples import Examples
-from fourbit.errors import ConfigError, ModelError, nearest
+from fourbit.config import DataSettings, RunConfig, TrainSettings
+from fourbit.config_file import dump_config, place, resolve
+from fourbit.errors import ConfigError, ModelError
 from fourbit.kernels import native
 from fourbit.memory.measure import compact_heap, peak_bytes, release_free_memory
 from fourbit.memory.show import print_plan
 from fourbit.memory.sizes import size_text
 from fourbit.memory.stream import hold_weights, stream_of
 from fourbit.model.adapters import parameter_counts
-from fourbit.model.compute import choose_compute_dtype, choose_device
+from fourbit.model.compute import choose_device
 from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.fused import fuse
+from fourbit.processes import join
 from fourbit.training import checkpoint, durable, identity
 from fourbit.training.budget import Budget, open_budget, prediction, with_choice
 from fourbit.training.layout import settled
 from fourbit.training.lock import check_free, hold
-from fourbit.training.loop import Outcome, Work, autocast, run_loop, steps_in_run
+from fourbit.training.loop import Outcome, run_loop, steps_in_run
 from fourbit.training.metrics import MetricsWriter
 from fourbit.training.pace import measure_pace
 from fourbit.training.prepare import check_data, prepare_data, prepare_model
 from fourbit.training.progress import ProgressLine, duration_text
 from fourbit.training.record import describe_sources, held_as, write_record
 from fourbit.training.run_folder import check_folder, prepare_folder, with_measured_dtype
+from fourbit.training.shards import check_shards
 from fourbit.training.trackers import Trackers, check_installed
+from fourbit.training.work import Work, autocast, make_work, share_work
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,7 @@ def train(
         "output": os.fspath(output),
     }
     tree["data"]["train"] = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
-    for key, value in settings.items():
-        section = next((name for name, kind in _SECTIONS.items() if key in kind.model_fields), None)
-        if section is None:
-            known = [field for kind in _SECTIONS.values() for field in kind.model_fields]
-            raise ConfigError(f"fourbit.train: unknown setting '{key}'{nearest(key, known)}")
-        tree[section][key] = value
+    place(tree, settings, _SECTIONS, "fourbit.train")
     return fit(model, tokenizer, resolve(tree, "fourbit.train"), console or Console(), resume, overwrite)
 
 
@@ -113,11 +110,14 @@ def run(
              MemoryBudgetError before the start where that cannot be
     predict  plan the memory without a budget too, refuse what exceeds the machine's, keep the plan
     """
-    folder = Path(config.output)
-    check_folder(folder, resume, overwrite)
-    check_free(folder)
-    check_data(config)
-    check_installed(config.train.trackers)
+    folder, processes = Path(config.output), join()
+    console = console if processes.leads else Console(quiet=True)
+    if processes.leads:
+        check_folder(folder, resume, overwrite)
+        check_free(folder)
+        check_data(config)
+        check_installed(config.train.trackers)
+    check_shards(config)
     if resume:
         config = with_measured_dtype(folder, config)
     budget = open_budget(config, memory, console) if predict or memory is not None else None
@@ -138,7 +138,8 @@ def dry_run(config: RunConfig, console: Console, memory: int | None = None) -> d
         plan = budget.plan(examples, heldout, len(tokenizer), config.train.end_to_end)
         print_plan(plan, console)
         chosen = with_choice(config, plan.choice)
-        time = _predict_time(_work(model, tokenizer, chosen, examples, heldout), console)
+        work = make_work(model, tokenizer, chosen, examples, heldout, Path(config.output))
+        time = _predict_time(work, console)
     trainable, total = parameter_counts(model)
     steps = steps_in_run(len(examples), config.train)
     console.print(
@@ -173,12 +174,22 @@ def fit(
 
     No other process can write the run folder meanwhile, and what is written is its owner's alone.
     """
-    folder = Path(config.output)
-    check_folder(folder, resume, overwrite)
+    folder, processes = Path(config.output), join()
+    check_shards(config)
+    if config.train.shard_weights and not isinstance(model, PeftModel):
+        raise ConfigError(
+            "train.shard_weights shares out a frozen base; attach an adapter with fourbit.add_lora"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing in this model is trainable; attach an adapter with fourbit.add_lora first")
+    if not processes.leads:
+        with tempfile.TemporaryDirectory(prefix="fourbit-process-") as own:
+            return _fit_locked(
+                model, tokenizer, config, Console(quiet=True), resume, False, budget, Path(own)
+            )
+    check_folder(folder, resume, overwrite)
     with hold(folder):
-        return _fit_locked(model, tokenizer, config, console, resume, overwrite, budget)
+        return _fit_locked(model, tokenizer, config, console, resume, overwrite, budget, folder)
 
 
 def _fit_locked(
@@ -189,9 +200,12 @@ def _fit_locked(
     resume: bool,
     overwrite: bool,
     budget: Budget | None,
+    own: Path,
 ) -> RunResult:
-    folder = Path(config.output)
-    check_folder(folder, resume, overwrite)  # again: the process that held it may have written a run
+    """`own` is where this process writes: the run folder, if it leads."""
+    folder, processes = Path(config.output), join()
+    if processes.leads:  # again: the process that held it may have written a run
+        check_folder(folder, resume, overwrite)
     _, examples, heldout = prepare_data(config, tokenizer, console)
     _use_kernels(model, config, console)
     config, plan = settled(config, model, int(tokenizer.pad_token_id), console), None
@@ -204,7 +218,7 @@ def _fit_locked(
         console.print(
             f"memory: {size_text(plan.peak)} predicted, {plan.choice.text()}", highlight=False, soft_wrap=True
         )
-    work = _work(model, tokenizer, config, examples, heldout)
+    work = make_work(model, tokenizer, config, examples, heldout, own)
     total = steps_in_run(len(examples), config.train)
     with console.status("reading what the run is made of"):
         record = identity.describe(
@@ -216,8 +230,13 @@ def _fit_locked(
             steps=total,
             autocast_dtype=work.autocast_dtype,
         )
-    resume_from = prepare_folder(folder, config, record, console, resume, overwrite)
-    sources = describe_sources(_name_of(model), config.data, console)
+    resume_from, sources = None, []
+    if processes.leads:
+        resume_from = prepare_folder(folder, config, record, console, resume, overwrite)
+        sources = describe_sources(_name_of(model), config.data, console)
+    processes.wait()
+    if resume and not processes.leads:
+        resume_from = checkpoint.newest(folder, lambda _: None)
     console.print(
         f"{len(examples):,} rows to train on, {len(heldout):,} held out; {total:,} steps of "
         f"{config.train.effective_batch} rows, learning rate {work.learning_rate:g}",
@@ -225,65 +244,41 @@ def _fit_locked(
     )
     if work.device.type == "cpu":
         compact_heap()
+    work = share_work(processes, work, config, console)
     release_free_memory()
     done = 0 if resume_from is None else resume_from.state.progress.step
-    time = _predict_time(work, console, (total - done) / total) if budget is not None else {}
-    metrics = MetricsWriter(folder, config.train.tensorboard, done, Trackers(config, folder))
+    alone = budget is not None and processes.size == 1
+    time = _predict_time(work, console, (total - done) / total) if alone else {}
+    trackers = Trackers(config, folder) if processes.leads else None
+    metrics = MetricsWriter(own, config.train.tensorboard and processes.leads, done, trackers)
     try:
         with ProgressLine(console, total, done) as line:
             outcome = run_loop(work, metrics, line, record, resume_from)
     finally:
         metrics.close()
+    processes.wait()  # until what the leading one saves is whole
     if 0 < outcome.progress.best_step < outcome.progress.step and outcome.stopped != "interrupted":
         checkpoint.load_weights(folder / checkpoint.ADAPTER, model)
     model.eval()
     release_free_memory()
-    if not isinstance(model, PeftModel) and outcome.progress.best_step:
+    if processes.leads and not isinstance(model, PeftModel) and outcome.progress.best_step:
         # A whole model is loaded with its tokenizer.
         tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
     summary = {**_summary(model, work, outcome), **prediction(plan), **time}
+    if not processes.leads:
+        return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
     with durable.disk_errors(str(folder / "summary.json")):
         durable.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_record([folder, folder / checkpoint.ADAPTER], config, sources, summary)
     return RunResult(summary, folder / checkpoint.ADAPTER, folder, outcome.stopped)
 
 
-def _work(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
-    examples: Examples,
-    heldout: Examples,
-) -> Work:
-    _, total = parameter_counts(model)
-    rate = config.train.learning_rate
-    device = next(model.parameters()).device
-    return Work(
-        model=model,
-        train=examples,
-        heldout=heldout,
-        pad_id=int(tokenizer.pad_token_id),
-        settings=config.train,
-        learning_rate=learning_rate_for(total) if rate == "auto" else rate,
-        autocast_dtype=_autocast_dtype(model, config, device),
-        folder=Path(config.output),
-        device=device,
-    )
-
-
-def _autocast_dtype(
-    model: PreTrainedModel | PeftModel, config: RunConfig, device: torch.device
-) -> torch.dtype | None:
-    """The compute dtype where weights beside LoRA's train in fp32, so that products still run in 16 bits."""
-    only_lora = all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
-    dtype = choose_compute_dtype(config.model.compute_dtype, choose_device(str(device))).dtype
-    return None if only_lora or dtype == torch.float32 else dtype
-
-
 def _use_kernels(model: PreTrainedModel | PeftModel, config: RunConfig, console: Console) -> None:
     """Compute with our attention and our fused modules where the settings and the machine let us."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if config.train.fused and base.device.type == "cpu" and native.available():
+    # A base that is to be shared out waits in host memory for the cards.
+    device = choose_device(config.model.device) if config.train.shard_weights else base.device
+    if config.train.fused and device.type == "cpu" and native.available():
         use_tiled_attention(base)
         console.print(fuse(base).line(), highlight=False, soft_wrap=True)
 

@@ -24,6 +24,7 @@ import torch
 from fourbit.errors import TrainingError
 from fourbit.memory.measure import release_free_memory, resident_bytes
 from fourbit.private import cache_folder, owner_only
+from fourbit.processes import alone
 
 #: What CUDA keeps on a card for a process that uses it: context, and the kernels of torch and its libraries.
 CUDA_CONTEXT = 600_000_000
@@ -71,7 +72,12 @@ def _measure_apart(name: str, libraries: Sequence[str]) -> int:
     given = f"{name!r}, {list(libraries)!r}"
     code = f"from fourbit.training.runtime import measure; print('resident', measure({given}))"
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT,
+        check=False,
+        env=alone(),
     )
     lines = [line for line in found.stdout.splitlines() if line.startswith("resident ")]
     if found.returncode != 0 or not lines:
