@@ -13,6 +13,7 @@ a temporary folder first. The predicted peak is the one of the plan that was mad
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -35,6 +36,7 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "qwen-100m": ("qwen2", 512, 2048, 12, 8, 2, 65536, True),
     "mistral-300m": ("mistral", 1024, 3584, 18, 16, 4, 32768, False),
     "llama-1b": ("llama", 2048, 5632, 20, 32, 4, 32000, False),
+    "llama-1b-slice": ("llama", 2048, 5632, 6, 32, 4, 32000, False),
 }
 
 GRID = (
@@ -203,7 +205,7 @@ def write_model(name: str, folder: Path) -> None:
     known = dict(zip(_KEYS, sizes, strict=True))
     config = AutoConfig.for_model(kind, **known, max_position_embeddings=8192, pad_token_id=0, eos_token_id=2)
     skeleton = make_skeleton(target, config, False)
-    config.architectures = [type(skeleton).__name__]
+    config.architectures, config.dtype = [type(skeleton).__name__], torch.bfloat16
     config.save_pretrained(str(target))
     files: dict[str, dict[str, Any]] = {}
     for key, parameter in skeleton.named_parameters():
@@ -220,10 +222,14 @@ def write_model(name: str, folder: Path) -> None:
         save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, str(target / file))
         index |= dict.fromkeys(tensors, file)
     (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    words = ["<pad>", "<unk>", "</s>", *map(str, range(10))]
-    words += [f"word{i}" for i in range(len(words), known["vocab_size"])]  # one for each row of the embedding
-    vocabulary = {word: i for i, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    # A word for each row of the embedding and a merge for each word, as published models have.
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<pad>", "<unk>", "</s>", *map(str, range(10)), *letters]
+    pairs = list(itertools.product(letters, letters))
+    longer = itertools.product(map("".join, pairs), repeat=2)
+    merges = [*pairs, *itertools.islice(longer, known["vocab_size"] - len(words) - len(pairs))]
+    vocabulary = {word: i for i, word in enumerate([*words, *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"

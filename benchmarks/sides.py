@@ -19,9 +19,9 @@ def demo_model() -> Path:
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def quantize(folder: Path) -> None:
-    """The demo's model as a bitsandbytes checkpoint that both sides load."""
-    command = [sys.executable, "-m", "fourbit", "quantize", str(demo_model()), str(folder / "model")]
+def quantize(folder: Path, model: Path | None = None) -> None:
+    """A model, the demo's by default, as a bitsandbytes checkpoint that both sides load."""
+    command = [sys.executable, "-m", "fourbit", "quantize", str(model or demo_model()), str(folder / "model")]
     subprocess.run(command, check=True, capture_output=True)
 
 

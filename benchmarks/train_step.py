@@ -1,13 +1,19 @@
 """A training step of SmolLM2-135M against the stock stack, and against the limit of its matrix products.
 
     python benchmarks/train_step.py [--rows 4] [--tokens 512] [--rounds 5] [--threads 2] [--json]
+    python benchmarks/train_step.py --model llama-1b-slice --rows 1 --tokens 1024
+    python benchmarks/train_step.py --rows 1 --tokens 256 --rounds 50             the same learning
+    python benchmarks/train_step.py --dtype float32    with AVX2 alone, ONEDNN_MAX_CPU_ISA=AVX2
+                                                       ATEN_CPU_CAPABILITY=avx2 FOURBIT_ISA=avx2 set
 
 Stock is transformers + PEFT + bitsandbytes on the 4-bit checkpoint that `fourbit quantize` writes, with and
 without prepare_model_for_kbit_training, the better of which counts. Each side is a process of its own and
 takes steps in turn with the others, so that whatever slows the machine slows all: the same rows, every token
-labelled, LoRA r = 16 on all linear layers, AdamW at 2e-4, with and without activation checkpointing. Ratios
-are medians of pairs. The limit is the time of all matrix products that a step must execute, each at the rate
-that `torch.mm` reaches for its shape in the same run; attention counts its causal half.
+labelled, the same first LoRA weights of r = 16 on all linear layers, AdamW at 2e-4, with and without
+activation checkpointing. Each step has the next rows of the demo's text (random ones for random weights), so
+the losses of the sides can be compared too. Ratios are medians of pairs. The limit is the time of all matrix
+products that a step must execute, each at the rate that `torch.mm` reaches for its shape in the same run;
+attention counts its causal half.
 """
 
 from __future__ import annotations
@@ -16,7 +22,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -24,6 +31,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from memory import model_path, write_model
 from sides import Worker, answer_all, quantize
 
 RANK, RATE = 16, 2e-4
@@ -32,6 +40,8 @@ SIDES = ("fourbit", "stock", "stock prepared")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="or a shape of benchmarks/memory.py")
+    parser.add_argument("--dtype", default="bfloat16", help="of products on all sides (default bfloat16)")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5, help="steps that each side takes (default 5)")
@@ -43,9 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.worker:
         side, folder, keep = arguments.worker
         return serve(side, Path(folder), keep == "keep", arguments)
-    report: dict[str, Any] = {"machine": machine(), "rows": arguments.rows, "tokens": arguments.tokens}
+    report: dict[str, Any] = {"machine": machine()}
+    report |= {key: getattr(arguments, key) for key in ("model", "dtype", "rows", "tokens")}
     with tempfile.TemporaryDirectory(prefix="fourbit-step-") as folder:
-        quantize(Path(folder))
+        write_model(arguments.model, Path(folder))
+        quantize(Path(folder), model_path(arguments.model, Path(folder)))
         report["results"] = [compare(Path(folder), keep, arguments) for keep in ("checkpoint", "keep")]
     print(json.dumps(report) if arguments.json else table(report))
     return 0
@@ -53,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(folder: Path, keep: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Steps in turn; the first of each side is not timed."""
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("rows", "tokens", "threads")]
+    names = ("rows", "tokens", "threads", "dtype", "model")
+    options = [f"--{name}={getattr(arguments, name)}" for name in names]
     workers = [Worker(__file__, "--worker", side, str(folder), keep, *options) for side in SIDES]
     taken: list[list[dict[str, Any]]] = [
         [worker.ask("step") for worker in workers] for _ in range(arguments.rounds + 1)
@@ -63,6 +76,7 @@ def compare(folder: Path, keep: str, arguments: argparse.Namespace) -> dict[str,
         worker.end()
     turns = [[step["seconds"] for step in turn] for turn in taken[1:]]
     count = arguments.rows * arguments.tokens
+    losses = {side: [turn[i]["loss"] for turn in taken] for i, side in enumerate(SIDES)}
     return {
         "activations": "checkpointed" if keep == "checkpoint" else "kept",
         "tokens_per_second": {
@@ -70,7 +84,13 @@ def compare(folder: Path, keep: str, arguments: argparse.Namespace) -> dict[str,
         },
         "ratio": median(min(turn[1:]) / turn[0] for turn in turns),
         "share_of_limit": limit / median(turn[0] for turn in turns),
-        "losses": {side: [turn[i]["loss"] for turn in taken] for i, side in enumerate(SIDES)},
+        "losses": losses,
+        "loss_difference": {
+            side: max(
+                abs(ours / other - 1) for ours, other in zip(losses[SIDES[0]], losses[side], strict=True)
+            )
+            for side in SIDES[1:]
+        },
         "bytes_above_import": {side: taken[-1][i]["bytes"] for i, side in enumerate(SIDES)},
         "turns": turns,
     }
@@ -86,13 +106,13 @@ def serve(side: str, folder: Path, keeps: bool, arguments: argparse.Namespace) -
 
     before = resident_bytes()
     make = fourbit_step if side == "fourbit" else stock_step
-    step, model = make(folder, keeps, side.endswith("prepared"))
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1000, 40000, (arguments.rows, arguments.tokens), generator=generator)
+    step, model = make(folder, keeps, side.endswith("prepared"), getattr(torch, arguments.dtype))
+    batches = batches_of(folder, arguments)
 
     def answer(question: str) -> dict[str, Any]:
         if question == "limit":
-            return {"seconds": limit_of(model, ids, keeps)}
+            return {"seconds": limit_of(model, next(batches), keeps, getattr(torch, arguments.dtype))}
+        ids = next(batches)
         began = perf_counter()
         loss = step(ids)
         seconds = perf_counter() - began
@@ -101,7 +121,25 @@ def serve(side: str, folder: Path, keeps: bool, arguments: argparse.Namespace) -
     return answer_all(answer)
 
 
-def fourbit_step(folder: Path, keeps: bool, _: bool) -> tuple[Callable[[torch.Tensor], float], Any]:
+def batches_of(folder: Path, arguments: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Token ids [rows, tokens], batch after batch, the same ones on every side."""
+    from transformers import AutoTokenizer
+
+    shape = (arguments.rows, arguments.tokens)
+    if arguments.model != "smollm2":
+        generator = torch.Generator().manual_seed(1)
+        while True:
+            yield torch.randint(1000, 30000, shape, generator=generator)
+    text = (Path(__file__).parents[1] / "demo" / "banking77" / "train.csv").read_text(encoding="utf-8")
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder / "model")(text).input_ids)
+    while True:
+        for piece in ids[: len(ids) // prod(shape) * prod(shape)].split(prod(shape)):
+            yield piece.view(shape)
+
+
+def fourbit_step(
+    folder: Path, keeps: bool, _: bool, dtype: torch.dtype
+) -> tuple[Callable[[torch.Tensor], float], Any]:
     import fourbit
     from fourbit.data.batch import Batch
     from fourbit.memory.activations import checkpoint_activations
@@ -111,8 +149,7 @@ def fourbit_step(folder: Path, keeps: bool, _: bool) -> tuple[Callable[[torch.Te
     from fourbit.nn.loss import causal_lm_loss
 
     compact_heap()  # as `fourbit train` does
-    torch.manual_seed(0)
-    base, _tokenizer = fourbit.load(folder / "model", compute_dtype="bfloat16")
+    base, _tokenizer = fourbit.load(folder / "model", compute_dtype=str(dtype).removeprefix("torch."))
     model = fourbit.add_lora(base, r=RANK, alpha=2 * RANK, dropout=0.0, seed=0)
     use_tiled_attention(base)
     fuse(base)
@@ -138,24 +175,30 @@ def fourbit_step(folder: Path, keeps: bool, _: bool) -> tuple[Callable[[torch.Te
     return step, model
 
 
-def stock_step(folder: Path, keeps: bool, prepared: bool) -> tuple[Callable[[torch.Tensor], float], Any]:
+def stock_step(
+    folder: Path, keeps: bool, prepared: bool, dtype: torch.dtype
+) -> tuple[Callable[[torch.Tensor], float], Any]:
+    from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
     if prepared:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=not keeps)
     elif not keeps:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear")
+    torch.manual_seed(0)
     model = get_peft_model(model, config)
     model.config.use_cache = False
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
 
     def step(ids: torch.Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -166,7 +209,7 @@ def stock_step(folder: Path, keeps: bool, prepared: bool) -> tuple[Callable[[tor
     return step, model
 
 
-def limit_of(model: Any, ids: torch.Tensor, keeps: bool) -> float:
+def limit_of(model: Any, ids: torch.Tensor, keeps: bool, dtype: torch.dtype) -> float:
     """Seconds of a step's matrix products at the rates of torch.mm."""
     from fourbit.nn.linear import Linear4bit
 
@@ -178,7 +221,7 @@ def limit_of(model: Any, ids: torch.Tensor, keeps: bool) -> float:
 
     def product(m: int, k: int, n: int) -> float:
         if (m, k, n) not in seconds:
-            seconds[m, k, n] = mm_seconds(m, k, n)
+            seconds[m, k, n] = mm_seconds(m, k, n, dtype)
         return seconds[m, k, n]
 
     total = 0.0
@@ -197,8 +240,8 @@ def limit_of(model: Any, ids: torch.Tensor, keeps: bool) -> float:
     return total + heads * (passes * forward + backward) / 2
 
 
-def mm_seconds(m: int, k: int, n: int) -> float:
-    a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(k, n, dtype=torch.bfloat16)
+def mm_seconds(m: int, k: int, n: int, dtype: torch.dtype) -> float:
+    a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
     a @ b
     taken = []
     for _ in range(5):
@@ -210,15 +253,18 @@ def mm_seconds(m: int, k: int, n: int) -> float:
 
 def table(report: dict[str, Any]) -> str:
     lines = [f"{key:16} {value}" for key, value in report["machine"].items()]
-    lines += ["", f"SmolLM2-135M, {report['rows']} x {report['tokens']} tokens, r = {RANK}", ""]
+    size = f"{report['rows']} x {report['tokens']} tokens"
+    lines += ["", f"{report['model']}, {size}, r = {RANK}, {report['dtype']}", ""]
     names = "".join(f"{name:>10}" for name in ("fourbit", "stock", "prepared"))
-    lines.append(f"{'activations':14}{names}{'ratio':>8}{'of limit':>10}{'memory':>22}")
+    lines.append(f"{'activations':14}{names}{'ratio':>8}{'of limit':>10}{'memory':>22}{'losses within':>18}")
     for row in report["results"]:
         speeds = "".join(f"{row['tokens_per_second'][side]:6,.0f}/s  " for side in SIDES)
         ours, *theirs = (row["bytes_above_import"][side] for side in SIDES)
         memory = f"{ours / 1e9:.2f} GB, {ours / min(theirs):.2f}x"
+        differences = ", ".join(f"{part:.2%}" for part in row["loss_difference"].values())
         lines.append(
             f"{row['activations']:14}{speeds}{row['ratio']:6.2f}x{row['share_of_limit']:10.0%}{memory:>22}"
+            f"{differences:>18}"
         )
     return "\n".join(lines)
 
