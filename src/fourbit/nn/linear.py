@@ -21,16 +21,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.codebooks import check_block_size, check_codebook, check_quant_type
-from fourbit.codebooks import codebook as builtin_codebook
 from fourbit.errors import QuantizationError
-from fourbit.functional import dequantize_4bit, linear_4bit, quantize_4bit
-from fourbit.kernels import product as native
-from fourbit.memory.tracker import has_values
-from fourbit.ops.linear import FEW_ROWS, multiplies_panels
+from fourbit.functional import quantize_4bit
+from fourbit.nn.matrix import PackedMatrix
 from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 
-class Linear4bit(nn.Linear):
+class Linear4bit(PackedMatrix, nn.Linear):
     """y = x @ W.T + bias with W [out_features, in_features] frozen in 4 bits.
 
     compute_dtype  dtype of the product; x is cast to it and y back; None computes in x's dtype
@@ -125,80 +122,9 @@ class Linear4bit(nn.Linear):
         return layer
 
     @property
-    def codebook(self) -> Tensor:
-        """fp32 [16] on the weight's device."""
-        if self._custom_codebook is not None:
-            return self._custom_codebook.to(self.weight.device)
-        return builtin_codebook(self.quant_type, self.weight.device)
-
-    @property
     def W_q(self) -> nn.Parameter:
         """The packed weight under the name by which PEFT finds a layer that has `dequantize()`."""
         return self.weight
-
-    def quantized(self) -> QuantizedTensor:
-        """The weight as a QuantizedTensor that shares memory with the parameters."""
-        absmax, nested_absmax, offset = self._scales()
-        return QuantizedTensor(
-            codes=self.weight.detach(),
-            absmax=absmax,
-            shape=(self.out_features, self.in_features),
-            dtype=self.dtype,
-            quant_type=self.quant_type,
-            block_size=self.block_size,
-            codebook=self.codebook,
-            nested_absmax=nested_absmax,
-            offset=offset,
-        )
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The restored weight [out_features, in_features], by default in its original dtype."""
-        return dequantize_4bit(self.quantized(), dtype)
-
-    def forward(self, x: Tensor, adapter: native.Adapter | None = None) -> Any:
-        """Map x [.., in_features] to [.., out_features], differentiable in x and bias.
-
-        With an adapter, where `adapts(x)`: y and what gradients need (`kernels.product`), not differentiable.
-        """
-        if adapter is not None:
-            return self._adapted(x, adapter)
-        if self.compute_dtype is None:
-            return linear_4bit(x, self.quantized(), self.bias)
-        return linear_4bit(x.to(self.compute_dtype), self.quantized(), self.bias).to(x.dtype)
-
-    def adapts(self, x: Tensor) -> bool:
-        """Whether one native product does all for rows x [T, ..]: this layer's, an adapter's, its dropout."""
-        own_dtype = self.compute_dtype in (None, x.dtype)
-        return own_dtype and multiplies_panels(x, self.in_features * self.out_features)
-
-    def _adapted(self, x: Tensor, adapter: native.Adapter) -> tuple[Tensor, Tensor]:
-        if not has_values(x):
-            return x.new_empty(len(x), self.out_features), x.new_empty(len(x), len(adapter.a))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y, low = native.product(x.contiguous(), self.packed(), bias, adapter, few=len(x) <= FEW_ROWS)
-        assert low is not None
-        return y, low
-
-    def packed(self) -> native.Packed:
-        """The weight as native products take it."""
-        absmax, nested_absmax, offset = self._scales()
-        return native.Packed(
-            self.out_features,
-            self.in_features,
-            self.weight,
-            absmax,
-            nested_absmax,
-            offset,
-            self.codebook,
-            self.block_size,
-        )
-
-    def _scales(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        absmax = self.weight_absmax.detach()
-        if self.weight_consts is None:
-            return _as_fp32(absmax), None, None
-        constants = _as_fp32(self.weight_consts.detach())
-        return absmax, constants[:-1], constants[-1]
 
     def reset_parameters(self) -> None:
         raise QuantizationError("a 4-bit weight cannot be initialised; build the layer with from_linear")
@@ -215,14 +141,6 @@ def _bytes(size: int, device: torch.device | str | None) -> nn.Parameter:
 
 def _frozen(data: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
-
-
-def _as_fp32(data: Tensor) -> Tensor:
-    # A reader may hand out a slice of a file that does not start on a multiple of four bytes. (A
-    # compiler cannot trace the question; there, torch refuses such a view.)
-    if not torch.compiler.is_compiling() and data.storage_offset() % 4:
-        data = data.clone()
-    return data.view(torch.float32)
 
 
 def unpacked_linear(model: nn.Module) -> list[str]:

@@ -29,10 +29,14 @@ from fourbit.memory.tracker import has_values
 from fourbit.nn.copies import own_copy
 from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit, as_conv1d
+from fourbit.nn.matrix import PackedMatrix
 from fourbit.nn.remake import Remake, remake_of
 
 #: Initialisations that need the base's weights as numbers.
 _FROM_BASE = (*CHANGES_BASE, "mica")
+
+Base = Any  # an nn.Linear, or a PackedMatrix that can be called
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class LoraLinear(PeftLinear):
@@ -59,7 +63,7 @@ class LoraLinear(PeftLinear):
         scaling = float(self.scaling[adapter])
         if not torch.is_grad_enabled():
             flat = x.reshape(-1, x.shape[-1])
-            y, _ = _product(flat, base, _adapter(a, b, scaling, p, keys, self.layer_key))
+            y, _ = adapter_product(flat, base, _adapter(a, b, scaling, p, keys, self.layer_key))
             return y.reshape(*x.shape[:-1], -1)
         fused: Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
             own_copy(x), a, b, base, scaling, p, keys, self.layer_key, remake_of(x)
@@ -173,7 +177,7 @@ class _FusedLora(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, K]
         adapter = _adapter(lora_a, lora_b, scaling, p, keys, layer_key)
-        y, low = _product(flat, base, adapter)
+        y, low = adapter_product(flat, base, adapter)
         ctx.save_for_backward(low, lora_a, lora_b, *([flat] if remake is None else remake.inputs))
         ctx.remake = None if remake is None else remake.function
         ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, adapter.dropout, x.shape
@@ -193,10 +197,7 @@ class _FusedLora(torch.autograd.Function):
             x: Tensor = made_of[0] if ctx.remake is None else ctx.remake(*made_of)
             return x.reshape(-1, x.shape[-1])
 
-        base = ctx.base
-        packed = isinstance(base, Linear4bit) and base.adapts(grad)
-        backward = _packed_backward if packed else _composed_backward
-        grad_x, grad_a, grad_b = backward(grad, flat, low, base, adapter, needs)
+        grad_x, grad_a, grad_b = adapter_gradients(grad, flat, low, ctx.base, adapter, needs)
         if grad_x is not None:
             grad_x = grad_x.reshape(ctx.shape)
         if grad_a is not None:
@@ -224,22 +225,28 @@ def _dropped(x: Tensor, keys: Dropout | None) -> Tensor:
     )
 
 
-def _product(x: Tensor, base: nn.Linear, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """y [T, N] and low [T, r] of x [T, K]."""
-    if isinstance(base, Linear4bit) and base.adapts(x):
+def adapter_product(x: Tensor, base: Base, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """y [T, N] and low [T, r] of x [T, K], not differentiable."""
+    if isinstance(base, PackedMatrix) and base.adapts(x):
         results: tuple[Tensor, Tensor] = base(x, adapter)  # called, for hooks on the base
         return results
     return _composed_forward(x, base, adapter)
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+def adapter_gradients(
+    grad: Tensor, x: Callable[[], Tensor], low: Tensor, base: Base, adapter: Adapter, needs: Sequence[bool]
+) -> Gradients:
+    """Gradients of x [T, K], A and B (those that it `needs`) from that of y [T, N]."""
+    packed = isinstance(base, PackedMatrix) and base.adapts(grad)
+    backward = _packed_backward if packed else _composed_backward
+    return backward(grad, x, low, base, adapter, needs)
 
 
 def _packed_backward(
     grad: Tensor,
     x: Callable[[], Tensor],
     low: Tensor,
-    base: Linear4bit,
+    base: Any,
     adapter: Adapter,
     needs: Sequence[bool],
 ) -> Gradients:
@@ -259,7 +266,7 @@ def _packed_backward(
     )
 
 
-def _composed_forward(x: Tensor, base: nn.Linear, adapter: Adapter) -> tuple[Tensor, Tensor]:
+def _composed_forward(x: Tensor, base: Base, adapter: Adapter) -> tuple[Tensor, Tensor]:
     y = _base_product(x, base)  # [T, N]
     low = _dropped(x, adapter.dropout) @ adapter.a.to(x.dtype).t()  # [T, r]
     return y.addmm_(low, adapter.b.to(x.dtype).t(), alpha=adapter.scaling), low
@@ -269,7 +276,7 @@ def _composed_backward(
     grad: Tensor,
     x: Callable[[], Tensor],
     low: Tensor,
-    base: nn.Linear,
+    base: Base,
     adapter: Adapter,
     needs: Sequence[bool],
 ) -> Gradients:
@@ -279,7 +286,7 @@ def _composed_backward(
     grad_a = (grad_low.t() @ _dropped(x(), adapter.dropout)).to(adapter.a.dtype) if needs[1] else None
     grad_x = None
     if needs[0]:
-        grad_x = _base_gradient(grad, base)
+        grad_x = base_gradient(grad, base)
         if adapter.dropout is None:
             grad_x.addmm_(grad_low, a)
         else:
@@ -287,15 +294,15 @@ def _composed_backward(
     return grad_x, grad_a, grad_b
 
 
-def _base_product(x: Tensor, base: nn.Linear) -> Tensor:
-    if isinstance(base, Linear4bit):
+def _base_product(x: Tensor, base: Base) -> Tensor:
+    if isinstance(base, PackedMatrix):
         y: Tensor = base(x)
         return y
     return F.linear(x, base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
 
-def _base_gradient(grad: Tensor, base: nn.Linear) -> Tensor:
+def base_gradient(grad: Tensor, base: Base) -> Tensor:
     """grad [T, N] @ W [N, K]."""
-    if isinstance(base, Linear4bit):
+    if isinstance(base, PackedMatrix):
         return F4.linear_4bit_grad(grad, base.quantized())
     return grad @ base.weight.to(grad.dtype)
