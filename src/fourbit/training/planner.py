@@ -303,7 +303,8 @@ class Planner:
             + self._loss(rows, tokens, rows * (tokens - 1), choice.loss_chunk, gradient=False)
         )
         size = max(needs.highest, loss)
-        return Phase("evaluation", (Part("forward pass", size, f"{rows} x {tokens:,} tokens"),))
+        forward = Part("forward pass", size, f"{rows} x {tokens:,} tokens")
+        return Phase("evaluation", (forward,), absent=self.weights.trained)  # gradients, freed with the step
 
     def _loading(self, choice: Choice) -> Phase:
         later = sum(part.size for part in self._held(choice) if part.name in _AFTER_LOADING)
