@@ -61,6 +61,25 @@ def test_counts_of_the_papers_models_are_exact(size):
     assert weights.trained == 4 * adapters
 
 
+def test_counts_of_a_mixture_are_exact():
+    """Qwen 3-30B-A3B: 48 layers of 128 experts, each with adapters, and of attention."""
+    experts, attention = 128 * (2 * 768 * 2048 + 2048 * 768), 2048 * (4096 + 512 + 512) + 4096 * 2048
+    sides = 128 * (2048 + 2 * 768 + 768 + 2048) + 2 * (2048 + 4096) + 2 * (2048 + 512)
+    config = resolve(
+        {
+            "model": {"path": str(SHAPES / "qwen3-30b-a3b")},
+            "lora": {"r": 16, "dropout": 0},
+            "data": {"train": "rows.jsonl"},
+        }
+    )
+    weights = count_weights(run_skeleton(config, torch.bfloat16))
+    assert weights.parameters == 30_532_122_624
+    assert weights.trainable == 48 * 16 * sides
+    assert weights.codes == 48 * (experts + attention) // 2
+    assert weights.largest == 4096 * 2048  # of one matrix, not of a stack
+    assert weights.rest == 2 * (30_532_122_624 - 2 * weights.codes)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -34,6 +34,7 @@ COMMON = {
     "bos_token_id": 1, "attention_dropout": 0.0,
 }  # fmt: skip
 _HEAD = {"head_dim": 16}
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 #: Name in the README: what the config needs beside COMMON, and whether rows can be laid end to end (`apart`).
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"type": "llama"},
@@ -69,11 +70,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "EXAONE 4": {"type": "exaone4"},
     "ERNIE 4.5": {"type": "ernie4_5"},
     "Hunyuan": {"type": "hunyuan_v1_dense", **_HEAD},
-    "GPT-OSS (experts in 16 bits)": {
-        "type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "apart": False, **_HEAD,
+    "Mixtral": {"type": "mixtral", "num_local_experts": 4},
+    "Qwen 3 MoE": {"type": "qwen3_moe", "num_experts": 4, **_EXPERTS, **_HEAD},
+    "Qwen 2 MoE": {
+        "type": "qwen2_moe", "num_experts": 4, "shared_expert_intermediate_size": 48, **_EXPERTS,
     },
+    "OLMoE": {"type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
+    "GLM 4 MoE": {"type": "glm4_moe", "n_routed_experts": 4, **_EXPERTS, **_HEAD},
+    "DeepSeek V3": {
+        "type": "deepseek_v3", "n_routed_experts": 4, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, **_EXPERTS,
+    },
+    "GPT-OSS": {"type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "apart": False, **_HEAD},
 }  # fmt: skip
-FAST = ("Llama", "Mistral", "Qwen 2", "Gemma 2", "Phi 3", "Falcon")
+FAST = ("Llama", "Mistral", "Qwen 2", "Gemma 2", "Phi 3", "Falcon", "Mixtral")
 IDS = torch.arange(3, 30)[None]
 
 
@@ -141,21 +152,6 @@ def test_from_loading_to_the_merge(family: str, tmp_path: Path) -> None:
     wanted = logits(model)
     torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(again.merge_and_unload()), wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_fused_experts_are_not_adapted_yet(kind: str, tmp_path: Path) -> None:
-    experts = (
-        {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
-    )
-    base = load(save(tmp_path / "model", kind, num_experts_per_tok=2, head_dim=16, **experts))
-    with pytest.raises(ConfigError, match="no linear layer but a part of a mixture of experts"):
-        fourbit.add_lora(base, r=4)
-    base = load(tmp_path / "model")
-    model = fourbit.add_lora(base, r=4, target_modules="attention")
-    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    again = load_adapter(load(tmp_path / "model"), tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
 
 
 def test_layers_that_cannot_be_adapted_are_one_line(tmp_path: Path) -> None:

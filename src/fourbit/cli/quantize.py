@@ -1,4 +1,7 @@
-"""`fourbit quantize`: a 16-bit model in, a 4-bit checkpoint out that bitsandbytes users can load."""
+"""`fourbit quantize`: a 16-bit model in, a 4-bit checkpoint out that bitsandbytes users can load.
+
+A mixture of experts is written as one that fourbit loads, since bitsandbytes' format has no packed experts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "quantize",
         help="write a model as a 4-bit checkpoint",
-        description="Quantize a model and save it as a bitsandbytes 4-bit checkpoint.",
+        description="Quantize a model and save it as a bitsandbytes 4-bit checkpoint; a mixture of experts, "
+        "whose experts have no place there, as one that fourbit loads.",
         epilog="example: fourbit quantize models/SmolLM2-135M models/SmolLM2-135M-nf4",
     )
     parser.add_argument("model", help="a folder, a hub name or a .gguf file")
@@ -58,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
             block_size=args.block_size,
             double_quant=not args.no_double_quant,
             overwrite=args.overwrite,
+            experts=True,
             kind="quantize",
             sources=[base],
             progress=progress,
         )
-    layers = len(result.weight_error)
+    layers, own = len(result.weight_error), result.own
     if args.json:
         print_json(
             {
@@ -75,10 +80,11 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         out.print(
-            f"wrote {output}: {layers} linear layers in {args.quant_type} "
+            f"wrote {output}: {layers} {'layers and stacks of experts' if own else 'linear layers'} in "
+            f"{args.quant_type} "
             f"({result.bits_per_weight:.3f} bits per weight, mean relative error {result.mean_error:.2%}), "
             f"{result.bytes / 1e6:,.0f} MB in all; "
-            "transformers loads it with bitsandbytes, fourbit as it is",
+            + ("fourbit loads it" if own else "transformers loads it with bitsandbytes, fourbit as it is"),
             highlight=False,
             soft_wrap=True,
         )

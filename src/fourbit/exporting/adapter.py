@@ -3,7 +3,9 @@
 PEFT adds to a weight W [out, in] of a layer with A [r, in] and B [out, r]
     W + s B A                       s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)
     m (W + s B A) / |W + s B A|     with DoRA's magnitudes m [out], norms by row (arXiv:2402.09353)
-Its ranks and alphas may differ by layer. Whatever else an adapter can hold is refused by name.
+Its ranks and alphas may differ by layer. To a mixture's stacks of matrices W_e it adds s B_e A_e, with the
+factors of all experts in A [r E, in], one after another, and B [out, r E], E columns apart. Whatever else an
+adapter can hold is refused by name.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from fourbit.errors import ModelError
 from fourbit.model.adapter_folder import PREFIX, rank_and_scaling, weights_file
 from fourbit.model.finite import check_stored
 from fourbit.model.formats.lazy import LazyTensor
+from fourbit.nn.experts import is_experts
 
 _PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_[A-Za-z_]+?)(?:\.weight)?$")
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 #: Settings of `peft.LoraConfig` under which a layer computes something other than the formulas above.
 _UNMERGEABLE = (
     "lora_bias", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-    "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
 )  # fmt: skip
 
 
@@ -65,6 +68,23 @@ class LoraDelta:
 
 
 @dataclass(frozen=True)
+class StackDelta:
+    """What a LoRA wrapper does to the matrices of a stack of experts; a [r E, in], b [out, r E]."""
+
+    a: LazyTensor
+    b: LazyTensor
+    scaling: float
+    count: int
+
+    def apply(self, number: int, matrix: Tensor) -> Tensor:
+        """One merged matrix [out, in] in fp32; the given one stays as it is."""
+        rank = (self.a.shape or (0,))[0] // self.count
+        a = self.a.read()[number * rank : (number + 1) * rank].to(torch.float32)
+        b = self.b.read()[:, number :: self.count].to(torch.float32)
+        return torch.addmm(matrix.to(torch.float32), b, a, alpha=self.scaling)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter matched with the model it is for.
 
@@ -74,7 +94,7 @@ class Adapter:
     """
 
     folder: Path
-    deltas: dict[str, LoraDelta]
+    deltas: dict[str, LoraDelta | StackDelta]
     replaced: dict[str, LazyTensor]
     config: dict[str, Any]
 
@@ -105,10 +125,16 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel, config: dict[str, Any]
             raise ModelError(f"{folder}: '{key}' is not a part of a LoRA adapter that can be merged")
     if not layers and not replaced:
         raise ModelError(f"{folder}: this adapter is empty")
-    deltas = {
-        f"{module}.weight": _delta(folder, config, module, parts, _module(folder, skeleton, module))
-        for module, parts in layers.items()
-    }
+    deltas: dict[str, LoraDelta | StackDelta] = {}
+    wrapped: dict[str, list[dict[str, LazyTensor]]] = {}
+    for module in sorted(layers, key=len, reverse=True):  # PEFT's wrappers of one module from the innermost
+        target = _module(folder, skeleton, _unwrapped(module))
+        if is_experts(target):
+            wrapped.setdefault(_unwrapped(module), []).append(layers[module])
+        else:
+            deltas[f"{module}.weight"] = _delta(folder, config, module, layers[module], target)
+    for module, parts in wrapped.items():
+        deltas |= _stack_deltas(folder, config, module, parts, skeleton.get_submodule(module))
     for name, tensor in replaced.items():
         owner, _, leaf = name.rpartition(".")
         known = getattr(_module(folder, skeleton, owner), leaf, None)
@@ -191,6 +217,37 @@ def _delta(
     if magnitude is not None and magnitude.shape is not None and math.prod(magnitude.shape) != b.shape[0]:
         raise _misfit(folder, f"{module}.lora_magnitude_vector", magnitude.shape, (b.shape[0],))
     return LoraDelta(a, b, scaling, magnitude, transposed)
+
+
+def _unwrapped(name: str) -> str:
+    """A module's name without those of PEFT's wrappers around it."""
+    return re.sub(r"(\.base_layer)+$", "", name)
+
+
+def _stack_deltas(
+    folder: Path, config: dict[str, Any], module: str, parts: list[dict[str, LazyTensor]], target: Any
+) -> dict[str, StackDelta]:
+    """What the wrappers of an experts module, from the innermost, do to the stacks that they are for."""
+    wanted = config.get("target_parameters") or ()
+    names = [f"{module}.{leaf}" for leaf in target._parameters]
+    names = [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in wanted)]
+    if len(names) != len(parts):
+        raise ModelError(
+            f"{folder}: holds {len(parts)} factors for '{module}', its target_parameters name {len(names)}"
+        )
+    deltas = {}
+    for name, factors in zip(names, parts, strict=True):
+        if sorted(factors) != ["lora_A", "lora_B"]:
+            raise ModelError(f"{folder}: '{name}' has {', '.join(sorted(factors))}, not lora_A and lora_B")
+        rank, scaling = rank_and_scaling(folder, config, name)
+        count, *sides = target.get_parameter(name.rpartition(".")[2]).shape
+        out_features, in_features = sides[::-1] if target.is_transposed else sides
+        expected = (rank * count, in_features), (out_features, rank * count)
+        a, b = factors["lora_A"], factors["lora_B"]
+        if (a.shape, b.shape) != expected:
+            raise _misfit(folder, f"{name}' with rank {rank}, factors '", a.shape, expected[0])
+        deltas[name] = StackDelta(a, b, scaling, count)
+    return deltas
 
 
 def _module(folder: Path, skeleton: PreTrainedModel, name: str) -> nn.Module:

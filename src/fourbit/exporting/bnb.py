@@ -1,10 +1,15 @@
-"""Quantizing a streamed model again, into a bitsandbytes 4-bit checkpoint, and what that costs."""
+"""Quantizing a streamed model into a 4-bit checkpoint, and what that costs.
+
+It is bitsandbytes', but for a mixture whose experts are to be packed: those have no place there, and are
+written under quant_method "fourbit" (`model.formats.own`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,16 @@ from fourbit.exporting.card import model_card
 from fourbit.exporting.folder import check_output, written_aside
 from fourbit.exporting.hf import write_companions, write_config
 from fourbit.exporting.shards import SHARD_BYTES, ShardWriter
-from fourbit.exporting.streamed import Progress, Streamed
+from fourbit.exporting.streamed import Progress, Streamed, file_tensors
 from fourbit.functional import dequantize_4bit, quantize_4bit
 from fourbit.model.base import quantized_weights, transposed_weights
 from fourbit.model.formats.bnb import bnb_config, to_bnb
+from fourbit.model.formats.lazy import LazyStack, LazyTensor
+from fourbit.model.formats.own import own_config
 from fourbit.model.quantizer import linear_names
 from fourbit.model.save import check_savable
+from fourbit.nn.experts import packed_bytes
+from fourbit.tensor import QuantizedTensor
 
 #: bitsandbytes stores for one weight at most: codes, absmax, map, two of the nested scales, state.
 _SUFFIXES = (
@@ -32,6 +41,7 @@ _SUFFIXES = (
     ".nested_quant_map",
     ".quant_state.bitsandbytes__nf4",
 )
+_OWN_SUFFIXES = ("", "_absmax", "_consts")
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,13 @@ class Requantized:
     """What a 4-bit export weighs and what it lost.
 
     weight_error  relative RMS error of each quantized weight: |restored - given| / |given|
+    own           the format is fourbit's own, for packed experts
     """
 
     bytes: int
     bits_per_weight: float
     weight_error: dict[str, float]
+    own: bool = False
 
     @property
     def mean_error(self) -> float:
@@ -78,12 +90,14 @@ def write_bnb(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     datasets: Sequence[str] = (),
+    experts: bool = False,
     kind: str = "export",
     sources: Sequence[provenance.Source] = (),
     progress: Progress | None = None,
 ) -> Requantized:
     """Quantize the linear layers of a model and write it for bitsandbytes, tensor by tensor.
 
+    experts  quantize those of a mixture too, which only fourbit reads; else they stay in 16 bits
     model  best streamed unrounded (dtype None), so that a weight is rounded once
     dtype  of embeddings, norms and the head
     kind   of step in the record, and what it took beside what the model was made from
@@ -94,37 +108,52 @@ def write_bnb(
     check_savable(quant_type)
     target = Path(folder)
     check_output(target, overwrite, [model.base.path])
-    names = quantized_weights(model.base.skeleton)
-    stored_so = transposed_weights(model.base.skeleton)
+    skeleton = model.base.skeleton
+    names, stored_so = quantized_weights(skeleton), transposed_weights(skeleton)
+    stacks = {name for name, tensor in model.tensors.items() if isinstance(tensor, LazyStack)}
+    own = experts and bool(stacks & names)
+    if not own:
+        names -= stacks
+    tensors = model.tensors if own else file_tensors(model)
+    form = "fourbit" if own else "bnb"
     errors: dict[str, float] = {}
     packed_bytes = weights = 0
     with written_aside(target) as partial:
-        expected = [n + s for n in model.tensors for s in (_SUFFIXES if n in names else ("",))]
+        suffixes = _OWN_SUFFIXES if own else _SUFFIXES
+        expected = [n + s for n in tensors for s in (suffixes if n in names else ("",))]
         writer = ShardWriter(partial, expected, shard_bytes)
         try:
-            for number, (name, tensor) in enumerate(model.tensors.items(), start=1):
-                value = tensor.read()
+            for number, (name, tensor) in enumerate(tensors.items(), start=1):
                 if name in names:
-                    value = value.t().contiguous() if name in stored_so else value
-                    q = quantize_4bit(value, quant_type, block_size, double_quant, name=name)
-                    errors[name] = _relative_error(dequantize_4bit(q, torch.float32), value)
-                    packed_bytes, weights = packed_bytes + q.nbytes, weights + q.numel
-                    for key, part in to_bnb(name, q).items():
+                    packed, change, size = [], 0.0, 0.0
+                    for matrix in _matrices(tensor, name in stored_so):
+                        q = quantize_4bit(matrix, quant_type, block_size, double_quant, name=name)
+                        packed.append(q)
+                        change += _squared(dequantize_4bit(q, torch.float32).sub_(matrix))
+                        size += _squared(matrix)
+                        packed_bytes, weights = packed_bytes + q.nbytes, weights + q.numel
+                    errors[name] = sqrt(change / max(size, 1e-60))
+                    parts = _own(name, packed, name in stacks) if own else to_bnb(name, packed[0])
+                    for key, part in parts.items():
                         writer.add(key, part)
                 else:
+                    value = tensor.read()
                     writer.add(name, value.to(dtype) if value.is_floating_point() else value)
                 if progress is not None:
-                    progress("quantize and write weights", number, len(model.tensors))
-            size = writer.finish()
+                    progress("quantize and write weights", number, len(tensors))
+            written = writer.finish()
         finally:
             writer.abandon()
-        result = Requantized(size, 8 * packed_bytes / max(1, weights), errors)
-        skipped = [n for n in linear_names(model.base.skeleton, []) if f"{n}.weight" not in names]
-        scheme = bnb_config(quant_type, double_quant, dtype, skipped)
+        result = Requantized(written, 8 * packed_bytes / max(1, weights), errors, own)
+        skipped = [n for n in linear_names(skeleton, []) if f"{n}.weight" not in names]
+        if own:
+            scheme = own_config(quant_type, block_size, double_quant, skipped)
+        else:
+            scheme = bnb_config(quant_type, double_quant, dtype, skipped)
         write_config(model.config, partial, dtype, quantization_config=scheme)
         write_companions(model.base, partial)
         settings = {
-            "to": "bnb",
+            "to": form,
             "quant_type": quant_type,
             "block_size": block_size,
             "double_quant": double_quant,
@@ -133,11 +162,28 @@ def write_bnb(
         chain = (*model.chain, step)
         provenance.write(partial, chain)
         (partial / "README.md").write_text(
-            model_card(model, target.name, "bnb", chain, datasets), encoding="utf-8"
+            model_card(model, target.name, form, chain, datasets), encoding="utf-8"
         )
     return result
 
 
-def _relative_error(restored: Tensor, given: Tensor) -> float:
-    given = given.to(torch.float32)
-    return float((restored.sub_(given).norm() / given.norm().clamp_min(1e-30)).item())
+def _matrices(tensor: LazyTensor, transposed: bool) -> Iterator[Tensor]:
+    """The matrices [out, in] of a weight, read one by one."""
+    if isinstance(tensor, LazyStack):
+        assert tensor.shape is not None
+        yield from map(tensor.matrix, range(tensor.shape[0]))
+    else:
+        yield tensor.read().t().contiguous() if transposed else tensor.read()
+
+
+def _own(name: str, packed: list[QuantizedTensor], stack: bool) -> dict[str, Tensor]:
+    """The matrices of one weight as fourbit's own format has them."""
+    parts = [packed_bytes(q) for q in packed]
+    return {
+        name + ending: torch.stack([part[ending] for part in parts]) if stack else parts[0][ending]
+        for ending in parts[0]
+    }
+
+
+def _squared(values: Tensor) -> float:
+    return float(values.to(torch.float32).norm()) ** 2

@@ -43,7 +43,7 @@ def model_card(
         datasets=list(datasets) or None,
         library_name="transformers" if kind in ("hf", "bnb") else None,
         pipeline_tag="text-generation",
-        tags=["fourbit", *(["qlora"] if tuned else []), *([] if kind == "hf" else [kind])],
+        tags=["fourbit", *(["qlora"] if tuned else []), *([] if kind in ("hf", "fourbit") else [kind])],
         **licence,
     )
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", _origin(model, kind, chain), ""]
@@ -93,6 +93,7 @@ def _origin(model: Streamed, kind: str, chain: Sequence[provenance.Step]) -> str
     form = {
         "hf": f"in {str(model.dtype or torch.float32).removeprefix('torch.')}",
         "bnb": "in 4 bits for bitsandbytes",
+        "fourbit": "in 4 bits for fourbit, experts included",
         "gguf": "as GGUF",
         "gptq": "in 4 bits by GPTQ",
         "awq": "in 4 bits by AWQ",

@@ -15,7 +15,7 @@ from fourbit.exporting import provenance
 from fourbit.exporting.card import model_card
 from fourbit.exporting.folder import check_output, written_aside
 from fourbit.exporting.shards import SHARD_BYTES, ShardWriter
-from fourbit.exporting.streamed import Progress, Streamed
+from fourbit.exporting.streamed import Progress, Streamed, file_tensors
 from fourbit.model.base import Base
 
 #: Beside weights and config.json: what a model folder may hold that a reader of it needs.
@@ -83,12 +83,13 @@ def write_companions(base: Base, folder: Path) -> None:
 
 
 def _write_weights(model: Streamed, folder: Path, shard_bytes: int, progress: Progress | None) -> int:
-    writer = ShardWriter(folder, model.tensors, shard_bytes)
+    tensors = file_tensors(model)
+    writer = ShardWriter(folder, tensors, shard_bytes)
     try:
-        for number, (name, tensor) in enumerate(model.tensors.items(), start=1):
+        for number, (name, tensor) in enumerate(tensors.items(), start=1):
             writer.add(name, tensor.read())
             if progress is not None:
-                progress("write weights", number, len(model.tensors))
+                progress("write weights", number, len(tensors))
         return writer.finish()
     finally:
         writer.abandon()

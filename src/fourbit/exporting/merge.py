@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fourbit.errors import ConfigError, ModelError
 from fourbit.exporting import provenance
-from fourbit.exporting.adapter import Adapter, LoraDelta, read_adapter
+from fourbit.exporting.adapter import Adapter, LoraDelta, StackDelta, read_adapter
 from fourbit.exporting.streamed import (
     Progress,
     Streamed,
@@ -30,7 +30,7 @@ from fourbit.exporting.streamed import (
 from fourbit.functional import dequantize_4bit, quantize_4bit
 from fourbit.model.adapter_folder import read_config
 from fourbit.model.base import Base, open_base, quantized_weights, transposed_weights
-from fourbit.model.formats.lazy import LazyTensor
+from fourbit.model.formats.lazy import LazyStack, LazyTensor
 
 Target = Literal["original", "dequantized"]
 
@@ -230,19 +230,18 @@ def _restored(opened: Base, quantization: Quantization) -> dict[str, LazyTensor]
     """The base as the run held it: weights that it quantized, quantized and restored."""
     names, stored_so = quantized_weights(opened.skeleton), transposed_weights(opened.skeleton)
 
+    def rounded_matrix(name: str, values: Tensor) -> Tensor:
+        kind = quantization.quant_type, quantization.block_size, quantization.double_quant
+        return dequantize_4bit(quantize_4bit(values, *kind, name=name), torch.float32)
+
     def restored(name: str, tensor: LazyTensor) -> LazyTensor:
+        if isinstance(tensor, LazyStack):
+            return tensor.changed(lambda _, matrix: rounded_matrix(name, matrix), torch.float32)
+
         def read() -> Tensor:
-            turned = name in stored_so
-            values = tensor.read()
-            q = quantize_4bit(
-                values.t().contiguous() if turned else values,
-                quantization.quant_type,
-                quantization.block_size,
-                quantization.double_quant,
-                name=name,
-            )
-            values = dequantize_4bit(q, torch.float32)
-            return values.t().contiguous() if turned else values
+            if name not in stored_so:
+                return rounded_matrix(name, tensor.read())
+            return rounded_matrix(name, tensor.read().t().contiguous()).t().contiguous()
 
         return LazyTensor(read, torch.float32, tensor.shape)
 
@@ -305,5 +304,8 @@ def _grown(tensor: LazyTensor, rows: int) -> LazyTensor:
     return LazyTensor(read, tensor.dtype, (rows, *tensor.shape[1:]))
 
 
-def _changed(tensor: LazyTensor, delta: LoraDelta) -> LazyTensor:
+def _changed(tensor: LazyTensor, delta: LoraDelta | StackDelta) -> LazyTensor:
+    if isinstance(delta, StackDelta):
+        assert isinstance(tensor, LazyStack)
+        return tensor.changed(delta.apply, torch.float32)
     return LazyTensor(lambda: delta.apply(tensor.read()), torch.float32, tensor.shape)

@@ -21,4 +21,6 @@ def serving_commands(kind: str, place: str | Path) -> list[str]:
         ]
     if kind == "lora-gguf":
         return [f"llama-server -m BASE.gguf --lora {path}"]
+    if kind == "fourbit":
+        return [f"fourbit chat {path}"]
     return [f"vllm serve {path}"]

@@ -15,7 +15,7 @@ from fourbit.exporting import provenance
 from fourbit.model import tokenizer as tokenizers
 from fourbit.model.base import Base, open_base
 from fourbit.model.formats import gguf
-from fourbit.model.formats.lazy import LazyTensor
+from fourbit.model.formats.lazy import LazyStack, LazyTensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -84,8 +84,8 @@ def rounded(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTen
         return tensor
     target = dtype or tensor.dtype
 
-    def read() -> Tensor:
-        result = tensor.read().to(target)
+    def fitting(values: Tensor) -> Tensor:
+        result = values.to(target)
         if result.numel() and not torch.stack(torch.aminmax(result)).isfinite().all():
             raise ModelError(
                 f"'{name}' has values that are not finite in {str(target).removeprefix('torch.')}; "
@@ -93,7 +93,20 @@ def rounded(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTen
             )
         return result
 
-    return LazyTensor(read, target, tensor.shape)
+    if isinstance(tensor, LazyStack):
+        return tensor.changed(lambda _, matrix: fitting(matrix), target)
+    return LazyTensor(lambda: fitting(tensor.read()), target, tensor.shape)
+
+
+def file_tensors(model: Streamed) -> dict[str, LazyTensor]:
+    """The model's tensors as its base stores them: experts' matrices apart, and under the names there."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in model.tensors.items():
+        if isinstance(tensor, LazyStack) and tensor.sources:
+            result |= tensor.apart()
+        else:
+            result[model.base.renamed.get(name, name)] = tensor
+    return result
 
 
 def written_config(base: Base, dtype: torch.dtype | None) -> PretrainedConfig:

@@ -31,8 +31,8 @@ FACTORS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A",
 class LoraFactors:
     """The change that an adapter makes to one layer: scaling * B @ A.
 
-    a          [r, in]   of an embedding, [r, number of embeddings]
-    b          [out, r]
+    a          [r, in]   of an embedding, [r, number of embeddings]; of E experts [r E, in]
+    b          [out, r]  of E experts [out, r E]
     scaling    alpha / r, or alpha / sqrt(r) with rsLoRA
     embedding  whether the layer is an embedding, whose weight is the transpose of the product
     """
@@ -218,7 +218,9 @@ def _layers(
             b = tensors.get(f"{PREFIX}{name}.{other}")
             a = tensors[key]
             rank, scaling = rank_and_scaling(folder, config, name)
-            if b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
+            # Those of a stack of experts have all its experts' ranks; how many there are only a model says.
+            wanted = a.shape[0] if config.get("target_parameters") and a.dim() == 2 else rank
+            if b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == wanted:
                 found = f"A {list(a.shape)}, B {list(b.shape) if b is not None else 'missing'}"
                 raise ModelError(f"{folder}: '{name}' does not fit its settings, rank {rank:g}: {found}")
             yield name, LoraFactors(a, b, scaling, embedding)

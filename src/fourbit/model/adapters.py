@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ from fourbit.errors import ConfigError, ModelError, nearest
 from fourbit.memory.stream import stream_of
 from fourbit.model.adapter_check import check_adapter, check_complete
 from fourbit.nn.dropout import KeySource
+from fourbit.nn.experts import STACKS, Experts4bit, experts_modules
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
+from fourbit.nn.lora_experts import LoraExperts
+from fourbit.nn.packed import packed_parts
 
 _ATTENTION = (
     "q_proj",
@@ -43,6 +47,10 @@ _ATTENTION = (
 )
 
 
+#: Names of experts' matrices in transformers 4, which PEFT turns into those of today's stacks.
+_MEANING_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
 def add_lora(
     model: PreTrainedModel,
     r: int = LoraSettings.model_fields["r"].default,
@@ -56,8 +64,8 @@ def add_lora(
 ) -> PeftModel:
     """Put a trainable LoRA adapter on a frozen base; its weights are fp32, B is zero.
 
-    target_modules  "all-linear" (every linear layer but the head), "attention", or names: endings of
-                    layer names, or regular expressions over them
+    target_modules  "all-linear" (every linear layer but the head, and all experts), "attention", or names:
+                    endings of names of layers or of stacks of experts, or regular expressions over them
     peft_options    further settings of `peft.LoraConfig`, such as rank_pattern or use_dora
 
     Raises ConfigError for a rank below 1, and for targets or modules to save that match nothing.
@@ -65,11 +73,18 @@ def add_lora(
     if r < 1:
         raise ConfigError(f"lora.r = {r}: a rank is at least 1 (8 to 16 suit small models)")
     _check_saved(model, modules_to_save)
+    targets = _targets(model, target_modules)
+    if targets.stacks and dropout:
+        raise ConfigError(
+            f"lora.dropout = {dropout:g}: PEFT has no dropout for experts; set lora.dropout to 0, or "
+            "lora.target_modules to attention"
+        )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides it by r: any number will do
         lora_dropout=dropout,
-        target_modules=_targets(model, target_modules),
+        target_modules=targets.modules,
+        target_parameters=targets.stacks or None,
         use_rslora=rslora,
         modules_to_save=list(modules_to_save) or None,
         # A trained embedding and the head tied to it must stay one matrix.
@@ -124,13 +139,9 @@ def key_source(model: nn.Module) -> KeySource | None:
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters. A packed weight counts its real number of weights, not its bytes."""
-    packed = {
-        id(parameter): (module.in_features * module.out_features if name == "weight" else 0)
-        for module in model.modules()
-        if isinstance(module, Linear4bit)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name != "bias"
-    }
+    packed = dict[int, int]()
+    for part in packed_parts(model):
+        packed |= {id(part.codes): part.weights} | {id(scales): 0 for scales in part.scales}
     counts = [(p.requires_grad, packed.get(id(p), p.numel())) for p in model.parameters()]
     return sum(n for trainable, n in counts if trainable), sum(n for _, n in counts)
 
@@ -156,6 +167,8 @@ def _dispatcher(original: Callable[..., Any], also: Callable[[nn.Module], bool])
         **options: Any,
     ) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if parameter_name is not None and isinstance(base, Experts4bit):
+            return LoraExperts(target, adapter_name, parameter_name, config=config, **options)
         if parameter_name is None and (isinstance(base, Linear4bit) or also(base)):
             if config.fan_in_fan_out:  # an adapter of a Conv1D, which these layers are not
                 config = copy(config)
@@ -170,17 +183,7 @@ def _dispatcher(original: Callable[..., Any], also: Callable[[nn.Module], bool])
 def _fourbit_layers() -> Iterator[None]:
     """Within this block PEFT builds `LoraLinear` for every linear layer."""
     original = peft_lora.dispatch_default
-    ours = _dispatcher(original, lambda base: type(base) is nn.Linear)
-
-    def dispatch(target: nn.Module, adapter_name: str, *rest: Any, **options: Any) -> nn.Module | None:
-        if options.get("parameter_name") is not None:
-            raise ConfigError(
-                f"lora.target_modules: {type(target).__name__} is no linear layer but a part of a mixture of "
-                "experts, which cannot be adapted yet; set it to attention, or to names of linear layers"
-            )
-        return ours(target, adapter_name, *rest, **options)
-
-    peft_lora.dispatch_default = dispatch
+    peft_lora.dispatch_default = _dispatcher(original, lambda base: type(base) is nn.Linear)
     try:
         with warnings.catch_warnings():
             # PEFT asks transformers in words that transformers has deprecated since.
@@ -211,11 +214,37 @@ def _layers(model: nn.Module) -> Iterator[LoraLinear]:
     return (module for module in model.modules() if isinstance(module, LoraLinear))
 
 
-def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[str]:
-    if wanted == "all-linear":
-        return "all-linear"
+@dataclass(frozen=True)
+class _Targets:
+    """What gets an adapter, as PEFT takes it: modules, and parameters that are stacks of experts."""
+
+    modules: str | list[str]
+    stacks: list[str] = field(default_factory=list)
+
+
+def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> _Targets:
+    stacks = sorted(f"{name}.{leaf}" for name, _ in experts_modules(model) for leaf in STACKS)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    if wanted == "all-linear":
+        return _Targets(_beside_experts(model, names) if stacks else "all-linear", stacks)
+    selected = _selected(names, stacks, wanted)
+    return _Targets([name for name in selected if name not in stacks], [n for n in selected if n in stacks])
+
+
+def _beside_experts(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """The linear layers of a mixture but its head, by the endings of their names.
+
+    PEFT takes names that experts' matrices had in earlier versions of transformers to mean the experts, so
+    layers with such names (shared experts, dense layers) cannot be told from them in an adapter's settings.
+    """
+    head = model.get_output_embeddings()
+    endings = {name.rsplit(".", 1)[-1] for name in names if model.get_submodule(name) is not head}
+    return sorted(endings - set(_MEANING_EXPERTS))
+
+
+def _selected(names: list[str], stacks: list[str], wanted: str | Sequence[str]) -> list[str]:
+    """Names of stacks, and names or endings of names of linear layers."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in (*names, *stacks)})
     if wanted == "attention":
         found = [
             ending
@@ -232,10 +261,10 @@ def _targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> str | list[
     patterns = [wanted] if isinstance(wanted, str) else list(wanted)
     selected: list[str] = []
     for pattern in patterns:
-        if any(name == pattern or name.endswith(f".{pattern}") for name in names):
+        if any(_ends(name, pattern) for name in names):
             selected.append(pattern)
             continue
-        matched = _match(pattern, names)
+        matched = [name for name in stacks if _ends(name, pattern)] or _match(pattern, [*names, *stacks])
         if not matched:
             raise ConfigError(
                 f"lora.target_modules: '{pattern}' matches no layer{nearest(pattern, endings)}; "
@@ -249,12 +278,16 @@ def _check_saved(model: PreTrainedModel, wanted: Sequence[str]) -> None:
     """PEFT passes over a name that it does not find."""
     names = [name for name, _ in model.named_modules() if name]
     for name in wanted:
-        if not any(other == name or other.endswith(f".{name}") for other in names):
+        if not any(_ends(other, name) for other in names):
             hint = nearest(name, {other.rsplit(".", 1)[-1] for other in names})
             raise ConfigError(
                 f"lora.modules_to_save: '{name}' matches no module{hint}; "
                 "give endings of names, such as embed_tokens or lm_head"
             )
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
 
 
 def _match(pattern: str, names: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from fourbit.errors import FourBitError, ModelError
 from fourbit.limits import parse_json
 from fourbit.model import sizes
 from fourbit.model.finite import check_finite
-from fourbit.model.formats import bnb, gguf, hf
-from fourbit.model.formats.lazy import LazyTensor
-from fourbit.model.quantizer import FourBitQuantizer, linear_names
+from fourbit.model.formats import bnb, gguf, hf, own
+from fourbit.model.formats.lazy import LazyStack, LazyTensor
+from fourbit.model.packed_folder import restored_own
+from fourbit.model.quantizer import FourBitQuantizer, experts_names, linear_names
+from fourbit.model.stacks import stacked
+from fourbit.nn.experts import STACKS
 from fourbit.nn.linear import is_transposed
 
 
@@ -33,6 +36,7 @@ class Base:
     skeleton  the model on the meta device
     tensors   every weight in 16 or 32 bits, by the skeleton's name; 4-bit ones are restored to fp32
     scheme    how the checkpoint is quantized, or None for 16-bit and GGUF weights
+    renamed   names in the file of tensors that have another in the model, by the latter
     """
 
     path: Path
@@ -40,6 +44,7 @@ class Base:
     skeleton: PreTrainedModel
     tensors: dict[str, LazyTensor]
     scheme: bnb.BnbScheme | None
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_gguf(self) -> bool:
@@ -62,24 +67,37 @@ def open_base(
     config = read_config(place, place.is_file(), trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     check_readable(os.fspath(path), stored)
-    scheme = None
+    scheme, renamed = None, dict[str, str]()
     if stored is not None:
-        packed, scheme = bnb.convert_names(hf.open_folder(place), str(place))
         del config.quantization_config
     skeleton = make_skeleton(place, config, trust_remote_code)
-    if scheme is not None:
+    if own.is_own(stored):
+        tensors, scheme = restored_own(place, skeleton, stored)
+    elif stored is not None:
+        packed, scheme = bnb.convert_names(hf.open_folder(place), str(place))
         tensors = bnb.restored(packed, scheme, packed_shapes(skeleton), str(place))
+        tensors, renamed = stacked(tensors, skeleton, str(place))
         stored_so = transposed_weights(skeleton)
         tensors = {name: _turned(t) if name in stored_so else t for name, t in tensors.items()}
     else:
-        tensors = gguf.open_file(place, skeleton) if place.is_file() else hf.open_folder(place)
+        tensors, renamed = open_weights(place, skeleton)
     tensors = {
         canonical_name(name, skeleton): _finite(tensor, f"{place}: '{name}'")
         for name, tensor in tensors.items()
     }
-    base = Base(place, config, skeleton, tensors, scheme)
+    base = Base(place, config, skeleton, tensors, scheme, renamed)
     _check_complete(base)
     return base
+
+
+def open_weights(place: Path, skeleton: PreTrainedModel) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors of a 16-bit folder or a .gguf file, unread, and as in `Base` those that it names otherwise.
+
+    A folder's may lack the model's prefix.
+    """
+    if place.is_file():
+        return gguf.open_file(place, skeleton), {}
+    return stacked(hf.open_folder(place), skeleton, str(place))
 
 
 def stored_as(
@@ -91,14 +109,15 @@ def stored_as(
     """
     place = locate(os.fspath(path), revision)
     config = read_config(place, place.is_file(), trust_remote_code)
-    packed = bnb.is_bnb_4bit(getattr(config, "quantization_config", None))
+    stored = getattr(config, "quantization_config", None)
+    packed = bnb.is_bnb_4bit(stored) or own.is_own(stored)
     known = None if place.is_file() else config.get_text_config().dtype
     return packed, known if isinstance(known, torch.dtype) else torch.float32
 
 
 def check_readable(path: str, stored: dict[str, Any] | None) -> None:
-    """Raise ModelError for weights quantized by another method than bitsandbytes 4-bit."""
-    if stored is not None and not bnb.is_bnb_4bit(stored):
+    """Raise ModelError for weights quantized by another method than bitsandbytes 4-bit, or fourbit's own."""
+    if stored is not None and not bnb.is_bnb_4bit(stored) and not own.is_own(stored):
         raise ModelError(
             f"{path}: already quantized ({stored.get('quant_method', 'unknown method')}); "
             "give the 16-bit model"
@@ -138,7 +157,7 @@ def check_fit(place: Path, skeleton: PreTrainedModel, tensors: Mapping[str, Lazy
 
 
 def quantized_weights(skeleton: PreTrainedModel) -> set[str]:
-    """Names of the weights that a load in 4 bits quantizes: linear layers but the head and tied ones.
+    """Names of the weights that a load in 4 bits quantizes: linear layers, but head and ties, and experts.
 
     Raises ModelError where there is none.
     """
@@ -151,7 +170,8 @@ def quantized_weights(skeleton: PreTrainedModel) -> set[str]:
             f"{type(skeleton).__name__} has no linear layer that can be held in 4 bits; set model.quant_type "
             "to none to train it in 16 bits"
         )
-    return {f"{name}.weight" for name in names}
+    stacks = {f"{name}.{leaf}" for name in experts_names(skeleton, skipped) for leaf in STACKS}
+    return {f"{name}.weight" for name in names} | stacks
 
 
 def canonical_name(name: str, skeleton: PreTrainedModel) -> str:
@@ -260,6 +280,13 @@ def _turned(tensor: LazyTensor) -> LazyTensor:
 
 def _finite(tensor: LazyTensor, where: str) -> LazyTensor:
     """The same tensor, whose reader raises ModelError for NaN and infinity."""
+    if isinstance(tensor, LazyStack):
+
+        def checked(number: int, matrix: torch.Tensor) -> torch.Tensor:
+            check_finite(matrix, f"{where} of expert {number}")
+            return matrix
+
+        return tensor.changed(checked, tensor.dtype)
 
     def read() -> torch.Tensor:
         values = tensor.read()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import ModelError
-from fourbit.nn.linear import Linear4bit
+from fourbit.nn.packed import packed_parts
 from fourbit.ops import find_nonfinite
 from fourbit.ops.codec import FLOATS
 
@@ -35,13 +35,13 @@ def check_model(model: nn.Module, source: str) -> None:
     """Raise ModelError for a weight, or a scale of a 4-bit weight, that is not finite."""
     for name, parameter in model.named_parameters():
         check_finite(parameter, f"{source}: '{name}'")
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            q = module.quantized()
+    for packed in packed_parts(model):
+        for matrix in packed.matrices():
+            q = matrix.quantized()
             for part, scales in (
                 ("absmax", q.absmax),
                 ("nested_absmax", q.nested_absmax),
                 ("offset", q.offset),
             ):
                 if scales is not None:
-                    check_finite(scales, f"{source}: {part} of '{name}.weight'")
+                    check_finite(scales, f"{source}: {part} of '{packed.name}'")

@@ -26,19 +26,23 @@ from fourbit.model.base import (
     guard,
     locate,
     make_skeleton,
+    open_weights,
     packed_shapes,
     quantized_weights,
     read_config,
 )
 from fourbit.model.compute import choose_compute_dtype, choose_device
 from fourbit.model.finite import check_model
-from fourbit.model.formats import bnb, gguf, hf
+from fourbit.model.formats import bnb, gguf, hf, own
 from fourbit.model.formats.lazy import LazyTensor, OriginalTensor
-from fourbit.model.quantizer import FourBitConfig, linear_names
+from fourbit.model.packed_folder import open_own
+from fourbit.model.quantizer import FourBitConfig, experts_names, linear_names
+from fourbit.model.save import left_unpacked
 from fourbit.model.sizes import check_total
 from fourbit.nn.decoder import layer_list
-from fourbit.nn.linear import Linear4bit, unpacked_linear
+from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import split_model
+from fourbit.nn.packed import packed_parts
 
 _DISK = (
     "{path}: weights can stay on the disk only on a CPU, and only those of a 4-bit checkpoint, whose bytes "
@@ -54,7 +58,8 @@ class LoadReport:
     source: str
     quant_type: str
     converted: int
-    left: tuple[str, ...]  # linear layers that stayed as they were
+    experts: int  # matrices of experts in 4 bits
+    left: tuple[str, ...]  # linear layers and experts that stayed as they were
     rest_dtype: torch.dtype
     weight_bytes: int
     bits_per_weight: float
@@ -69,10 +74,11 @@ class LoadReport:
             else f"embeddings and norms in {rest}"
         )
         size = f"{self.parameters / 1e6:,.0f} M parameters in {self.weight_bytes / 1e6:,.0f} MB"
+        experts = f" and {self.experts:,} matrices of experts" if self.experts else ""
         if not self.converted:
             return f"{self.source}: {size}, nothing quantized ({rest})"
         return (
-            f"{self.source}: {self.converted} linear layers in {self.quant_type} "
+            f"{self.source}: {self.converted} linear layers{experts} in {self.quant_type} "
             f"({self.bits_per_weight:.3f} bits per weight), {left}; {size}"
         )
 
@@ -187,6 +193,10 @@ def _open(
 ) -> tuple[dict[str, Any], FourBitConfig | None]:
     """The unread tensors, and how to hold them (None: as they are)."""
     stored = getattr(config, "quantization_config", None)
+    if own.is_own(stored):
+        del config.quantization_config
+        skeleton = make_skeleton(source, config, trust_remote_code)
+        return open_own(source, skeleton, stored, mapped)
     if stored is not None:
         packed = hf.open_folder(source, mapped)
         tensors, scheme = bnb.convert_names(packed, str(source))
@@ -195,12 +205,13 @@ def _open(
         check_total(source, skeleton, packed)
         bnb.check_places(scheme, str(source), packed_shapes(skeleton))
         left = [name for name in linear_names(skeleton, []) if name not in scheme.quantized]
+        left += experts_names(skeleton, [])  # which such checkpoints have in 16 bits
         settings = FourBitConfig(
             scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=left
         )
         return tensors, settings
     skeleton = make_skeleton(source, config, trust_remote_code)
-    tensors = gguf.open_file(source, skeleton) if is_gguf else hf.open_folder(source)
+    tensors, _ = open_weights(source, skeleton)
     check_total(source, skeleton, tensors)
     check_fit(source, skeleton, {canonical_name(name, skeleton): t for name, t in tensors.items()})
     if quant_type == "none":
@@ -275,18 +286,18 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _report(path: str, model: PreTrainedModel, settings: FourBitConfig | None, reason: str) -> LoadReport:
-    packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    packed_bytes = sum(
-        p.nbytes for module in packed for name, p in module.named_parameters() if name != "bias"
-    )
-    weights = sum(module.in_features * module.out_features for module in packed)
-    packed_ids = {id(p) for module in packed for name, p in module.named_parameters() if name != "bias"}
+    packed = list(packed_parts(model))
+    packed_bytes = sum(part.nbytes for part in packed)
+    weights = sum(part.weights for part in packed)
+    packed_ids = {id(p) for part in packed for p in (part.codes, *part.scales)}
     rest = [p for p in model.parameters() if id(p) not in packed_ids]
-    left = tuple(unpacked_linear(model))
+    layers = sum(isinstance(part.module, Linear4bit) for part in packed)
+    left = tuple(left_unpacked(model))
     return LoadReport(
         source=path,
         quant_type=settings.quant_type if settings else "none",
-        converted=len(packed),
+        converted=layers,
+        experts=sum(part.count for part in packed) - layers,
         left=left,
         rest_dtype=rest[0].dtype,
         weight_bytes=packed_bytes + sum(p.nbytes for p in rest),

@@ -21,9 +21,18 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 from fourbit import functional
 from fourbit.errors import ConfigError, FourBitError
 from fourbit.model.formats.bnb import bnb_config
-from fourbit.model.formats.lazy import OriginalTensor
-from fourbit.model.save import checkpoint_tensors
-from fourbit.nn.linear import Linear4bit, features, is_plain, is_transposed, unpacked_linear
+from fourbit.model.formats.lazy import LazyStack, OriginalTensor
+from fourbit.model.save import checkpoint_tensors, is_bnb_savable, left_unpacked
+from fourbit.nn.experts import (
+    STACKS,
+    Experts4bit,
+    experts_modules,
+    pack_experts,
+    packed_bytes,
+    quantize_stack,
+)
+from fourbit.nn.linear import Linear4bit, features, is_plain, is_transposed
+from fourbit.nn.packed import packed_parts
 
 
 @register_quantization_config("fourbit")
@@ -34,7 +43,8 @@ class FourBitConfig(QuantizationConfigMixin):
     block_size              weights per scale
     double_quant            8-bit scales (QLoRA section 3)
     compute_dtype           dtype of matrix products; None takes the model's dtype
-    modules_to_not_convert  names of linear layers to leave as they are, beside the head and tied weights
+    modules_to_not_convert  names of linear layers and experts to leave as they are, beside the head and tied
+                            weights
     """
 
     def __init__(
@@ -90,12 +100,12 @@ class FourBitConfig(QuantizationConfigMixin):
 
 @register_quantizer("fourbit")
 class FourBitQuantizer(HfQuantizer):
-    """Builds and fills Linear4bit layers inside transformers' `from_pretrained`."""
+    """Builds and fills Linear4bit layers, and experts in 4 bits, inside transformers' `from_pretrained`."""
 
     quantization_config: FourBitConfig
     requires_calibration = False
     serialized_names: dict[str, list[str]] = {  # noqa: RUF012 - declared so by the base class
-        "weight": ["weight", "weight_absmax", "weight_consts"]
+        name: [name, f"{name}_absmax", f"{name}_consts"] for name in ("weight", *STACKS)
     }
 
     @property
@@ -135,10 +145,22 @@ class FourBitQuantizer(HfQuantizer):
             # packed weight must stay missing, and be reported.
             replacement._is_hf_initialized = True  # type: ignore[assignment]  # a flag, says transformers
             model.set_submodule(name, replacement)
+        for name in experts_names(model, skipped):
+            experts: Any = model.get_submodule(name)
+            given = {leaf: experts._parameters[leaf].requires_grad_(False) for leaf in STACKS}
+            dtype = config.compute_dtype or model.dtype
+            pack_experts(
+                experts, config.quant_type, config.block_size, config.double_quant, dtype, model.dtype
+            )
+            if not self.pre_quantized:
+                experts._parameters.update(given)
+            experts._is_hf_initialized = True
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, leaf = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and leaf == "weight"
+        return (isinstance(module, Linear4bit) and leaf == "weight") or (
+            isinstance(module, Experts4bit) and leaf in STACKS
+        )
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -147,14 +169,17 @@ class FourBitQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What `save_pretrained` writes: a bitsandbytes checkpoint, which any transformers loads, as far as
-        there is such a type; INT4 stays under quant_method "fourbit".
+        it can hold the model; INT4 and experts stay under quant_method "fourbit".
         """
         config = self.quantization_config
-        if config.quant_type not in ("nf4", "fp4"):
-            return None, {}
-        skipped = unpacked_linear(model)
-        config._saved_as = bnb_config(config.quant_type, config.double_quant, model.dtype, skipped)
-        return checkpoint_tensors(model), {}
+        left = left_unpacked(model)
+        if is_bnb_savable(model):
+            config._saved_as = bnb_config(config.quant_type, config.double_quant, model.dtype, left)
+            return checkpoint_tensors(model), {}
+        config._saved_as = {**config.own_dict(), "modules_to_not_convert": left}
+        # A checkpoint of the float model has other names; these bytes are saved under the model's own.
+        model._weight_conversions = []  # type: ignore[assignment]  # modules take any attribute
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -173,6 +198,11 @@ def linear_names(model: nn.Module, skipped: list[str]) -> list[str]:
     ]
 
 
+def experts_names(model: nn.Module, skipped: list[str]) -> list[str]:
+    """The experts modules of a model that can be packed, less the skipped ones."""
+    return [name for name, _ in experts_modules(model) if should_convert_module(name, skipped)]
+
+
 class _Quantize(ConversionOps):
     """One weight in, its packed parameters out."""
 
@@ -185,22 +215,35 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Any]:
         (name, value), *_ = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
-        if isinstance(weight, OriginalTensor):
-            weight = weight.read()
         assert model is not None
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        if isinstance(layer, Linear4bit) and layer.transposed:
-            weight = weight.t().contiguous()
-        config = self.quantizer.quantization_config
+        owner, _, leaf = name.rpartition(".")
+        module, config = model.get_submodule(owner), self.quantizer.quantization_config
         try:
-            q = functional.quantize_4bit(
-                weight, config.quant_type, config.block_size, config.double_quant, name=name
-            )
+            if isinstance(module, Experts4bit):
+                parts = _quantized_stack(weight, module, leaf, name)
+            else:
+                weight = weight.read() if isinstance(weight, OriginalTensor) else weight
+                if isinstance(module, Linear4bit) and module.transposed:
+                    weight = weight.t().contiguous()
+                q = functional.quantize_4bit(
+                    weight, config.quant_type, config.block_size, config.double_quant, name=name
+                )
+                parts = packed_bytes(q)
         except FourBitError as error:
             config._failure = error
             raise
-        packed = Linear4bit.from_quantized(q).named_parameters()
-        return {f"{name.removesuffix('weight')}{leaf}": parameter for leaf, parameter in packed}
+        return {name + ending: nn.Parameter(part, requires_grad=False) for ending, part in parts.items()}
+
+
+def _quantized_stack(weight: Any, module: Experts4bit, leaf: str, name: str) -> dict[str, Tensor]:
+    stack = module.stacks[leaf]
+    if isinstance(weight, OriginalTensor) and isinstance(weight.source, LazyStack):
+        source = weight.source
+        matrices = (source.matrix(number) for number in range(stack.count))
+        return quantize_stack(matrices, stack, name=name)
+    whole = weight.read() if isinstance(weight, OriginalTensor) else weight
+    matrices = (matrix.t().contiguous() if stack.transposed else matrix for matrix in whole)
+    return quantize_stack(matrices, stack, whole.device, name)
 
 
 def pack_skeleton(
@@ -211,9 +254,13 @@ def pack_skeleton(
     dtype  of products
     """
     left = [name for name in linear_names(model, []) if f"{name}.weight" not in names]
-    quantizer = FourBitQuantizer(
-        FourBitConfig(quant_type, block, double, compute_dtype=dtype, modules_to_not_convert=left)
-    )
+    left += [name for name in experts_names(model, []) if f"{name}.{STACKS[0]}" not in names]
+    pack_left(model, FourBitConfig(quant_type, block, double, dtype, left))
+
+
+def pack_left(model: PreTrainedModel, config: FourBitConfig) -> None:
+    """Make weights of a model on the meta device packed ones: all but those that the config leaves out."""
+    quantizer = FourBitQuantizer(config)
     quantizer.pre_quantized = True  # packed parameters at once: no weights will arrive to be quantized
     quantizer._process_model_before_weight_loading(model)
 
@@ -228,7 +275,5 @@ def fill_randomly(model: nn.Module) -> None:
                 tensor.random_(0, 256)
             else:
                 tensor.zero_()
-        for layer in model.modules():
-            if isinstance(layer, Linear4bit):
-                scales = layer.weight_absmax if layer.weight_consts is None else layer.weight_consts
-                scales.view(torch.float32).fill_(0.02)
+        for part in packed_parts(model):  # the last scales, which are numbers in fp32
+            part.scales[-1].view(torch.float32).fill_(0.02)

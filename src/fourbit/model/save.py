@@ -7,15 +7,32 @@ import os
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.errors import ModelError
 from fourbit.model.formats.bnb import bnb_config, to_bnb
+from fourbit.model.formats.own import own_config
+from fourbit.nn.experts import Experts4bit, experts_modules
 from fourbit.nn.linear import Linear4bit, unpacked_linear
+from fourbit.nn.packed import packed_parts
 from fourbit.private import owner_only
 
 _SHARD_BYTES = 2_000_000_000
+
+
+def is_bnb_savable(model: nn.Module) -> bool:
+    """Whether a bitsandbytes checkpoint can hold all that is packed: layers of a type that it has."""
+    return all(
+        isinstance(part.module, Linear4bit) and part.module.quant_type in ("nf4", "fp4")
+        for part in packed_parts(model)
+    )
+
+
+def left_unpacked(model: nn.Module) -> list[str]:
+    """The names of a model's linear layers and experts that are not packed."""
+    experts = [name for name, module in experts_modules(model) if not isinstance(module, Experts4bit)]
+    return unpacked_linear(model) + experts
 
 
 def check_savable(quant_type: str) -> None:
@@ -33,21 +50,26 @@ def save_quantized(
 ) -> int:
     """Write a model from `fourbit.load` for transformers + bitsandbytes, or fourbit, to load the same bytes.
 
-    Returns the bytes of weights written. Raises ModelError for INT4 and custom codebooks, for a model
-    without 4-bit layers, and when the disk refuses.
+    A mixture, whose experts bitsandbytes leaves in 16 bits, is written under quant_method "fourbit"
+    (`formats.own`). Returns the bytes of weights written. Raises ModelError for INT4 and custom codebooks,
+    for a model without 4-bit layers, and when the disk refuses.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    if not layers:
+    first = next((part.matrices()[0] for part in packed_parts(model)), None)
+    if first is None:
         raise ModelError("this model has no 4-bit layer to save; load it with quant_type nf4 or fp4")
-    first = next(iter(layers.values()))
     check_savable(first.quant_type)
-    target = Path(folder)
+    left, target = left_unpacked(model), Path(folder)
+    if is_bnb_savable(model):
+        tensors = checkpoint_tensors(model)
+        scheme = bnb_config(first.quant_type, first.double_quant, model.dtype, left)
+    else:
+        tensors = own_tensors(model)
+        scheme = own_config(first.quant_type, first.block_size, first.double_quant, left)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        size = _write_shards(checkpoint_tensors(model), target)
-        skipped = unpacked_linear(model)
+        size = _write_shards(tensors, target)
         config = model.config.to_dict()
-        config["quantization_config"] = bnb_config(first.quant_type, first.double_quant, model.dtype, skipped)
+        config["quantization_config"] = scheme
         config["dtype"] = str(model.dtype).removeprefix("torch.")
         (target / "config.json").write_text(
             json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8"
@@ -72,6 +94,12 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, layer in layers.items():
         tensors |= to_bnb(f"{name}.weight", layer.quantized())
     return tensors
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor under the model's own name; tied weights once."""
+    tied = set(model.all_tied_weights_keys)
+    return {key: value.contiguous() for key, value in model.state_dict().items() if key not in tied}
 
 
 def _write_shards(tensors: dict[str, Tensor], folder: Path) -> int:

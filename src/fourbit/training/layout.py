@@ -12,8 +12,8 @@ from fourbit.config import RunConfig
 from fourbit.errors import ConfigError
 from fourbit.model.compute import choose_compute_dtype
 from fourbit.nn.attention import NAME
-from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import split_model
+from fourbit.nn.packed import packed_parts
 from fourbit.nn.packing import keeps_rows_apart
 from fourbit.ops.linear import multiplies_panels
 
@@ -58,5 +58,5 @@ def _costs_nothing(config: RunConfig, model: nn.Module) -> bool:
     if device.type != "cpu" or decoder.config._attn_implementation != NAME:
         return False
     dtype = choose_compute_dtype(config.model.compute_dtype, device).dtype
-    packed = any(isinstance(layer, Linear4bit) for layer in model.modules())
+    packed = any(True for _ in packed_parts(model))
     return takes_any_length(dtype, int(packed))

@@ -14,14 +14,14 @@ from fourbit.config import DataSettings, RunConfig
 from fourbit.data.read import located
 from fourbit.exporting import provenance
 from fourbit.memory.stream import stream_of
-from fourbit.nn.linear import Linear4bit
+from fourbit.nn.packed import packed_parts
 
 _EFFECT = ("stopped", "steps", "tokens", "best_step", "heldout_loss")
 
 
 def held_as(model: nn.Module) -> dict[str, Any]:
     """How a model holds its base, as settings of `model`; empty for a codebook of the user's own."""
-    packed = next((module for module in model.modules() if isinstance(module, Linear4bit)), None)
+    packed = next((part.matrices()[0] for part in packed_parts(model)), None)
     if packed is None:
         return {"quant_type": "none"}
     if packed.quant_type == "custom":

@@ -23,8 +23,8 @@ from fourbit.model.adapters import key_source
 from fourbit.nn.attention import use_tiled_attention
 from fourbit.nn.decoder import layer_list
 from fourbit.nn.fused import fuse
-from fourbit.nn.linear import Linear4bit
 from fourbit.nn.loss import head_loss, split_model
+from fourbit.nn.packed import packed_parts
 from fourbit.training.loop import train_mode
 
 #: Decoder layers of the two rehearsals whose difference is one layer's share.
@@ -64,10 +64,9 @@ class Rehearsal:
         self.depth = int(self._base.config.get_text_config().num_hidden_layers)
         self._owner, self._name = layer_list(decoder, self.depth)
         self._list = list(getattr(self._owner, self._name))[:_MORE]
-        for layer in model.modules():  # what fake tensors would otherwise leave in the cache
-            if isinstance(layer, Linear4bit):
-                codebook(layer.quant_type, torch.device("cpu"))
-                break
+        for part in packed_parts(model):  # what fake tensors would otherwise leave in the cache
+            codebook(part.matrices()[0].quant_type, torch.device("cpu"))
+            break
         self._dtype = self._base.dtype
         self._use_layers(_MORE)
         if fused:

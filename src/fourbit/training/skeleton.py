@@ -17,8 +17,8 @@ from fourbit.model.base import (
     quantized_weights,
     read_config,
 )
-from fourbit.model.formats import bnb, hf
-from fourbit.model.quantizer import pack_skeleton
+from fourbit.model.formats import bnb, hf, own
+from fourbit.model.quantizer import FourBitConfig, pack_left, pack_skeleton
 
 
 def run_skeleton(
@@ -40,12 +40,17 @@ def run_skeleton(
         text.num_hidden_layers = min(layers, text.num_hidden_layers)
     scheme = None
     if stored is not None:
-        _, scheme = bnb.convert_names(hf.open_folder(place), str(place))
+        if not own.is_own(stored):
+            _, scheme = bnb.convert_names(hf.open_folder(place), str(place))
         del found.quantization_config
     with torch.device("meta"):
         kept = torch.float32 if full else dtype
         model: Any = make_skeleton(place, found, settings.trust_remote_code, kept)
-        if scheme is not None:
+        if own.is_own(stored):
+            held = own.read_scheme(stored, str(place))
+            kind = held.quant_type, held.block_size, held.double_quant
+            pack_left(model, FourBitConfig(*kind, dtype, list(held.left)))
+        elif scheme is not None:
             packed = {f"{name}.weight" for name in scheme.quantized}
             pack_skeleton(model, packed, scheme.quant_type, scheme.block_size, scheme.double_quant, dtype)
         elif settings.quant_type != "none":

@@ -113,7 +113,7 @@ def _mapped_tensors(file: Path, mapped: list[MappedFile]) -> dict[str, Callable[
 
     found = {}
     for name, entry in header.items():
-        if not (name.endswith(".absmax") or f"{name}.absmax" in header):
+        if not any(name.endswith(f"{mark}absmax") or f"{name}{mark}absmax" in header for mark in "._"):
             continue
         begin, end = (start + offset for offset in entry["data_offsets"])
         dtype = _DTYPES.get(entry["dtype"])

@@ -9,7 +9,7 @@ precision it was stored in, or the 4-bit bytes would depend on the compute dtype
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,72 @@ class LazyTensor:
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
+
+
+@dataclass(frozen=True)
+class LazyStack(LazyTensor):
+    """A stack of matrices, a mixture's experts, that can be read one by one.
+
+    matrix      reads one, as [out, in]
+    transposed  the stack has them as [in, out]
+    sources     for each matrix the names of the tensors that it is stored as, its rows in turn; none for a
+                stack that is stored whole
+    heights     rows of each of those tensors
+    """
+
+    matrix: Callable[[int], Tensor] = field(kw_only=True)
+    transposed: bool = field(kw_only=True, default=False)
+    sources: tuple[tuple[str, ...], ...] = field(kw_only=True, default=())
+    heights: tuple[int, ...] = field(kw_only=True, default=())
+
+    @classmethod
+    def of(
+        cls,
+        matrix: Callable[[int], Tensor],
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        transposed: bool = False,
+        sources: tuple[tuple[str, ...], ...] = (),
+        heights: tuple[int, ...] = (),
+    ) -> LazyStack:
+        """A stack of the given shape that reads its matrices when it is read itself."""
+
+        def read() -> Tensor:
+            matrices = (matrix(number) for number in range(shape[0]))
+            return torch.stack([part.t() if transposed else part for part in matrices])
+
+        return cls(read, dtype, shape, matrix=matrix, transposed=transposed, sources=sources, heights=heights)
+
+    def changed(self, change: Callable[[int, Tensor], Tensor], dtype: torch.dtype) -> LazyStack:
+        """The stack with each matrix changed as it is read: change(number, matrix)."""
+        assert self.shape is not None
+        matrix = self.matrix
+        return LazyStack.of(
+            lambda number: change(number, matrix(number)),
+            dtype,
+            self.shape,
+            self.transposed,
+            self.sources,
+            self.heights,
+        )
+
+    def apart(self) -> dict[str, LazyTensor]:
+        """The tensors that it is stored as, by name."""
+        assert self.shape is not None
+
+        def part(number: int, begin: int, height: int) -> LazyTensor:
+            return LazyTensor(
+                lambda: self.matrix(number)[begin : begin + height].contiguous(),
+                self.dtype,
+                (height, *(self.shape or ())[2:]),
+            )
+
+        begins = [sum(self.heights[:place]) for place in range(len(self.heights))]
+        return {
+            name: part(number, begin, height)
+            for number, names in enumerate(self.sources)
+            for name, begin, height in zip(names, begins, self.heights, strict=True)
+        }
 
 
 @dataclass(frozen=True)
