@@ -37,7 +37,14 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "mistral-300m": ("mistral", 1024, 3584, 18, 16, 4, 32768, False),
     "llama-1b": ("llama", 2048, 5632, 20, 32, 4, 32000, False),
     "llama-1b-slice": ("llama", 2048, 5632, 6, 32, 4, 32000, False),
+    "qwen3-moe-slice": ("qwen3_moe", 2048, 6144, 2, 32, 4, 32000, False),
 }
+#: What a mixture's config has beside them: two of the 48 layers of Qwen 3-30B-A3B.
+MIXTURES: dict[str, dict[str, int]] = {
+    "qwen3-moe-slice": {
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128,
+    },
+}  # fmt: skip
 
 GRID = (
     "smollm2:1x256:checkpoint:r16", "smollm2:2x256:keep:r64", "smollm2:4x512:checkpoint:r16",
@@ -137,7 +144,7 @@ def measure(point: Point, folder: Path) -> int:
 
     settings = {
         "model": {"path": str(model_path(point.model, folder)), "device": "cpu"},
-        "lora": {"r": point.r},
+        "lora": {"r": point.r, **({"dropout": 0} if point.model in MIXTURES else {})},
         "data": {
             "train": str(write_rows(folder / "train.jsonl", 4 * point.rows, point.tokens)),
             "heldout": str(write_rows(folder / "heldout.jsonl", 1, point.tokens)),
@@ -202,7 +209,7 @@ def write_model(name: str, folder: Path) -> None:
     from fourbit.model.base import make_skeleton
 
     kind, *sizes = SHAPES[name]
-    known = dict(zip(_KEYS, sizes, strict=True))
+    known = dict(zip(_KEYS, sizes, strict=True)) | MIXTURES.get(name, {})
     config = AutoConfig.for_model(kind, **known, max_position_embeddings=8192, pad_token_id=0, eos_token_id=2)
     skeleton = make_skeleton(target, config, False)
     config.architectures, config.dtype = [type(skeleton).__name__], torch.bfloat16
@@ -221,7 +228,8 @@ def write_model(name: str, folder: Path) -> None:
         }  # fmt: skip
         save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, str(target / file))
         index |= dict.fromkeys(tensors, file)
-    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    whole = {"metadata": {}, "weight_map": index}
+    (target / "model.safetensors.index.json").write_text(json.dumps(whole))
     # A word for each row of the embedding and a merge for each word, as published models have.
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["<pad>", "<unk>", "</s>", *map(str, range(10)), *letters]

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py [--rows 4] [--tokens 512] [--rounds 5] [--threads 2] [--json]
     python benchmarks/train_step.py --model llama-1b-slice --rows 1 --tokens 1024
+    python benchmarks/train_step.py --model qwen3-moe-slice --rows 1 --tokens 1024
     python benchmarks/train_step.py --rows 1 --tokens 256 --rounds 50             the same learning
     python benchmarks/train_step.py --dtype float32    with AVX2 alone, ONEDNN_MAX_CPU_ISA=AVX2
                                                        ATEN_CPU_CAPABILITY=avx2 FOURBIT_ISA=avx2 set
@@ -13,7 +14,8 @@ labelled, the same first LoRA weights of r = 16 on all linear layers, AdamW at 2
 activation checkpointing. Each step has the next rows of the demo's text (random ones for random weights), so
 the losses of the sides can be compared too. Ratios are medians of pairs. The limit is the time of all matrix
 products that a step must execute, each at the rate that `torch.mm` reaches for its shape in the same run;
-attention counts its causal half.
+attention counts its causal half, and a mixture's experts the rows that each has if all have as many. Stock
+holds experts in 16 bits, as bitsandbytes does, and quantizes a mixture's other layers as it loads them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 
 import torch
 from machine import machine
-from memory import model_path, write_model
+from memory import MIXTURES, model_path, write_model
 from sides import Worker, answer_all, quantize
 
 RANK, RATE = 16, 2e-4
@@ -57,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     report |= {key: getattr(arguments, key) for key in ("model", "dtype", "rows", "tokens")}
     with tempfile.TemporaryDirectory(prefix="fourbit-step-") as folder:
         write_model(arguments.model, Path(folder))
-        quantize(Path(folder), model_path(arguments.model, Path(folder)))
+        if arguments.model in MIXTURES:
+            (Path(folder) / "model").symlink_to(model_path(arguments.model, Path(folder)))
+        else:
+            quantize(Path(folder), model_path(arguments.model, Path(folder)))
         report["results"] = [compare(Path(folder), keep, arguments) for keep in ("checkpoint", "keep")]
     print(json.dumps(report) if arguments.json else table(report))
     return 0
@@ -105,13 +110,16 @@ def serve(side: str, folder: Path, keeps: bool, arguments: argparse.Namespace) -
     from fourbit.memory.measure import peak_resident_bytes, resident_bytes
 
     before = resident_bytes()
-    make = fourbit_step if side == "fourbit" else stock_step
-    step, model = make(folder, keeps, side.endswith("prepared"), getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    if side == "fourbit":
+        step, model = fourbit_step(folder, keeps, dtype)
+    else:
+        step, model = stock_step(folder, keeps, side.endswith("prepared"), dtype, arguments.model in MIXTURES)
     batches = batches_of(folder, arguments)
 
     def answer(question: str) -> dict[str, Any]:
         if question == "limit":
-            return {"seconds": limit_of(model, next(batches), keeps, getattr(torch, arguments.dtype))}
+            return {"seconds": limit_of(model, next(batches), keeps, dtype)}
         ids = next(batches)
         began = perf_counter()
         loss = step(ids)
@@ -138,7 +146,7 @@ def batches_of(folder: Path, arguments: argparse.Namespace) -> Iterator[torch.Te
 
 
 def fourbit_step(
-    folder: Path, keeps: bool, _: bool, dtype: torch.dtype
+    folder: Path, keeps: bool, dtype: torch.dtype
 ) -> tuple[Callable[[torch.Tensor], float], Any]:
     import fourbit
     from fourbit.data.batch import Batch
@@ -176,13 +184,22 @@ def fourbit_step(
 
 
 def stock_step(
-    folder: Path, keeps: bool, prepared: bool, dtype: torch.dtype
+    folder: Path, keeps: bool, prepared: bool, dtype: torch.dtype, mixture: bool
 ) -> tuple[Callable[[torch.Tensor], float], Any]:
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    given: dict[str, Any] = {}
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    if mixture:
+        four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        given = {"quantization_config": BitsAndBytesConfig(**four_bits)}
+        targets = {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        }
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, **given)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -190,7 +207,7 @@ def stock_step(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=not keeps)
     elif not keeps:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear")
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, **targets)
     torch.manual_seed(0)
     model = get_peft_model(model, config)
     model.config.use_cache = False
@@ -211,12 +228,12 @@ def stock_step(
 
 def limit_of(model: Any, ids: torch.Tensor, keeps: bool, dtype: torch.dtype) -> float:
     """Seconds of a step's matrix products at the rates of torch.mm."""
-    from fourbit.nn.linear import Linear4bit
+    from fourbit.nn.packed import packed_parts
 
     count, length = ids.numel(), ids.shape[1]
     passes = 1 if keeps else 2  # forward passes
     config = model.get_base_model().config
-    width = config.hidden_size // config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seconds: dict[tuple[int, int, int], float] = {}
 
     def product(m: int, k: int, n: int) -> float:
@@ -225,13 +242,13 @@ def limit_of(model: Any, ids: torch.Tensor, keeps: bool, dtype: torch.dtype) -> 
         return seconds[m, k, n]
 
     total = 0.0
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            k, n = module.in_features, module.out_features
-            total += passes * (product(count, k, n) + product(count, k, RANK) + product(count, RANK, n))
-            total += product(count, n, k)  # the gradient of x; then the adapter's
-            total += product(count, n, RANK) + product(count, RANK, k)
-            total += product(RANK, count, k) + product(RANK, count, n)
+    for part in packed_parts(model):
+        n, k = part.shape
+        rows = count if part.count == 1 else count * config.num_experts_per_tok // part.count
+        one = passes * (product(rows, k, n) + product(rows, k, RANK) + product(rows, RANK, n))
+        one += product(rows, n, k)  # the gradient of x; then the adapter's
+        one += product(rows, n, RANK) + product(rows, RANK, k)
+        total += part.count * (one + product(RANK, rows, k) + product(RANK, rows, n))
     hidden, vocabulary = config.hidden_size, config.vocab_size
     total += product(count, hidden, vocabulary) + product(count, vocabulary, hidden)
     heads = config.num_hidden_layers * config.num_attention_heads * len(ids)
