@@ -211,6 +211,16 @@ def test_a_checkpoint_holds_the_same_bytes(folder: Path, tmp_path: Path) -> None
         assert torch.equal(byte_by_byte[part.name].view(-1), part.codes.view(-1))
 
 
+def test_int4_is_saved_by_transformers_and_read_here(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", "llama")
+    config = FourBitConfig("int4", compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
+    model.save_pretrained(str(tmp_path / "saved"))
+    byte_tokenizer().save_pretrained(str(tmp_path / "saved"))
+    assert same_bytes(load(tmp_path / "saved"), model)
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
 NAME = "model.layers.1.mlp.experts.gate_up_proj"
 
 

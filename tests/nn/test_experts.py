@@ -43,7 +43,7 @@ def packed(
         matrices = (part.t().contiguous() if stack.transposed else part for part in weight)
         for ending, data in quantize_stack(matrices, stack).items():
             module.register_parameter(name + ending, nn.Parameter(data, requires_grad=False))
-    return module
+    return module.requires_grad_(False)
 
 
 def routed(tokens: int, k: int, skip: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +110,6 @@ def test_each_matrix_is_quantized_as_a_linear_layer_would_be(
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_and_gradients_are_those_of_fp64(kind: str, tokens: int, adapted: tuple[str, ...]) -> None:
     module = packed(plain(kind))
-    module.requires_grad_(False)
     adapters = {name: adapter(module.stacks[name]) for name in adapted}
     index, shares = routed(tokens, 2)
     shares.requires_grad_()
@@ -199,6 +198,22 @@ def test_a_class_that_does_more_is_left() -> None:
     module = plain("mixtral")
     module.__class__ = Doubled
     assert not is_experts(module)
+
+
+def test_biases_that_are_trained_get_their_gradients() -> None:
+    module = packed(plain("gpt_oss"))
+    biases = [module.gate_up_proj_bias, module.down_proj_bias]
+    index, shares = routed(9, 2)
+    x = torch.randn(9, HIDDEN)
+    frozen = module(x, index, shares)
+    for bias in biases:
+        bias.requires_grad_()
+    found = module(x, index, shares)
+    assert torch.equal(found, frozen)
+    gradients = torch.autograd.grad(found.square().sum(), biases)
+    exact = torch.autograd.grad(truth(module, x, index, shares, {}).square().sum(), biases)
+    for one, other in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(of(one), of(other), rtol=1e-4, atol=1e-5)
 
 
 def test_its_own_class_is_still_there() -> None:

@@ -170,10 +170,19 @@ def _through_experts(
 ) -> Tensor:
     first, second = STACKS
     rows, order, counts = sorted_rows(x, index, module.stacks[first].count)
+    experts = index.reshape(-1)[order]
     y = grouped(rows, module.matrices(first), counts, adapters.get(first))
-    y = module._apply_gate(y)
+    y = module._apply_gate(_with_bias_gradient(y, module, first, experts))
     y = grouped(y, module.matrices(second), counts, adapters.get(second))
-    return weighted_sum(y, order, weights)
+    return weighted_sum(_with_bias_gradient(y, module, second, experts), order, weights)
+
+
+def _with_bias_gradient(y: Tensor, module: Any, name: str, experts: Tensor) -> Tensor:
+    """y, through which a bias that is trained gets its gradient; the product has added its value already."""
+    bias = getattr(module, f"{name}_bias", None)
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return y
+    return y + (bias - bias.detach())[experts].to(y.dtype)
 
 
 def is_experts(module: nn.Module) -> bool:
