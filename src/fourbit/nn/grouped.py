@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourbit.kernels.product import Adapter
 from fourbit.memory.tracker import has_values
-from fourbit.nn.lora import adapter_gradients, adapter_product, base_gradient
+from fourbit.nn.lowrank import adapter_gradients, adapter_product, base_gradient
 from fourbit.nn.matrix import PackedMatrix
 
 
