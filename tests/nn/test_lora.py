@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import fourbit
 from fourbit.errors import ConfigError, ModelError
 from fourbit.memory.activations import checkpoint_activations
 from fourbit.model.adapters import key_source, load_adapter, parameter_counts
+from fourbit.nn.fused import fuse
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.lora import LoraLinear
 from tests.tiny import save_llama
@@ -307,3 +309,55 @@ def test_stock_peft_on_a_fourbit_model_does_not_corrupt(base: torch.nn.Module) -
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
     assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert torch.equal(packed.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: None, None),
+        (
+            lambda layer: layer.lora_A["default"].register_forward_hook(lambda *_: None),
+            "the adapter has hooks",
+        ),
+        (
+            lambda layer: layer.lora_B["default"].register_forward_pre_hook(lambda *_: None),
+            "the adapter has hooks",
+        ),
+        (
+            lambda layer: layer.lora_dropout.update({"default": torch.nn.AlphaDropout(0.1)}),
+            "its dropout is a AlphaDropout",
+        ),
+        (lambda layer: layer.lora_bias.update({"default": True}), "the adapter has a bias"),
+        (
+            lambda layer: setattr(layer.lora_A["default"].weight, "device_mesh", None),
+            "the adapter is sharded",
+        ),
+        (lambda layer: layer.set_adapter(["default", "default"]), "2 adapters are active"),
+    ],
+)
+def test_a_layer_says_why_peft_s_own_code_runs(
+    base: torch.nn.Module, change: Any, reason: str | None
+) -> None:
+    model = fourbit.add_lora(base, r=4, dropout=0.0)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    change(layer)
+    assert layer.why_not_fused() == reason
+    others = "" if reason is None else f"; left LoRA layers: {reason} (1)"
+    report = fuse(model.get_base_model())
+    assert report.matched["LoRA layers"] == (14 if reason is None else 13)
+    assert report.line().endswith(others)
+
+
+def test_layers_with_dora_say_so(base: torch.nn.Module) -> None:
+    model = fourbit.add_lora(base, r=4, dropout=0.0, use_dora=True)
+    assert fuse(model.get_base_model()).left["LoRA layers"] == "DoRA (14)"
+
+
+def test_hooks_on_the_factors_are_called(base: torch.nn.Module) -> None:
+    model = fourbit.add_lora(base, r=4, dropout=0.0)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    tokens = ids()
+    plain, seen = model(input_ids=tokens).logits, list[int]()
+    layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(input_ids=tokens).logits, plain, rtol=1e-5, atol=1e-5)
+    assert seen == [1]

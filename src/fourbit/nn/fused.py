@@ -3,7 +3,8 @@
 `fuse` looks at structure, not at names of architectures: a module with one weight that computes RMS norm
 (`norm`), one whose `gate_proj`, `up_proj` and `down_proj` make a gated MLP, one whose code turns queries and
 keys (`rotary`), and a decoder layer of Llama's parts (`residual`). Each class is tried with small parts first
-and is left as it is where the result differs; what another library wrapped runs its own code.
+and is left as it is where the result differs; what another library wrapped runs its own code. LoRA layers
+fuse themselves, and are asked which of them run PEFT's code instead, and why.
 """
 
 from __future__ import annotations
@@ -46,7 +47,16 @@ class FuseReport:
 def fuse(model: nn.Module) -> FuseReport:
     """Run a transformers model's norms, layers, MLPs, rotary embeddings fused from now on; says which."""
     report, decided = FuseReport(), dict[Any, Callable[..., Any] | str]()
+    reasons = Counter[str]()
     for module in model.modules():
+        why = getattr(module, "why_not_fused", None)
+        if why is not None:  # a LoRA layer of ours, whose function is fused by itself
+            reason = why()
+            if reason is None:
+                report.matched["LoRA layers"] += 1
+            else:
+                reasons[reason] += 1
+            continue
         if "forward" in module.__dict__:  # fused already, or wrapped by another library
             continue
         if is_norm(module):
@@ -68,6 +78,8 @@ def fuse(model: nn.Module) -> FuseReport:
             continue
         module.forward = MethodType(forward, module)
         report.matched[kind] += 1
+    if reasons:
+        report.left["LoRA layers"] = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
     return report
 
 

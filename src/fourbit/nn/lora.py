@@ -26,6 +26,7 @@ from fourbit.nn.dropout import KeySource, TokenKeys
 from fourbit.nn.linear import Linear4bit, as_conv1d
 from fourbit.nn.lowrank import adapter_gradients, adapter_product
 from fourbit.nn.remake import Remake, remake_of
+from fourbit.nn.replaced import runs_own_code
 
 #: Initialisations that need the base's weights as numbers.
 _FROM_BASE = (*CHANGES_BASE, "mica")
@@ -67,27 +68,41 @@ class LoraLinear(PeftLinear):
         if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         adapter: str = self.active_adapters[0]
-        if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
+        if adapter not in self.lora_A or self._special(adapter) or torch.is_autocast_enabled(x.device.type):
             return None
-        base = self.get_base_layer()
-        if not (isinstance(base, Linear4bit) or type(base) is nn.Linear) or torch.is_autocast_enabled(
-            x.device.type
-        ):
-            return None
-        if base.bias is not None and base.bias.requires_grad:
-            return None
-        if type(base) is nn.Linear and base.weight.requires_grad:
-            return None
-        dropout = self.lora_dropout[adapter]
-        if self.training and not isinstance(dropout, nn.Identity):
+        if self.training and not isinstance(self.lora_dropout[adapter], nn.Identity):
             keys = self.key_source.current if self.key_source is not None else None
-            if (
-                type(dropout) is not nn.Dropout
-                or keys is None
-                or keys.rows.numel() * x.shape[-1] != x.numel()
-            ):
+            if keys is None or keys.rows.numel() * x.shape[-1] != x.numel():
                 return None
         return adapter
+
+    def why_not_fused(self) -> str | None:
+        """Why PEFT's own forward runs in this layer, whatever it is given; None if it does not."""
+        if len(self.active_adapters) != 1:
+            return f"{len(self.active_adapters)} adapters are active"
+        adapter = self.active_adapters[0]
+        return self._special(adapter) if adapter in self.lora_A else None
+
+    def _special(self, adapter: str) -> str | None:
+        """What an adapter or its base has that the fused function lacks, or None."""
+        base: Any = self.get_base_layer()
+        parts = self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter]
+        dropout = type(parts[2])
+        if adapter in self.lora_variant:
+            return "DoRA" if self.use_dora[adapter] else type(self.lora_variant[adapter]).__name__
+        if self.lora_bias[adapter]:
+            return "the adapter has a bias"
+        if not (isinstance(base, Linear4bit) or type(base) is nn.Linear):
+            return f"the base is a {type(base).__name__}"
+        if base.bias is not None and base.bias.requires_grad:
+            return "the base's bias is trained"
+        if type(base) is nn.Linear and base.weight.requires_grad:
+            return "the base's weight is trained"
+        if not all(runs_own_code(part) for part in parts):
+            return "the adapter has hooks"
+        if any(hasattr(parameter, "device_mesh") for part in parts for parameter in part.parameters()):
+            return "the adapter is sharded"
+        return None if dropout in (nn.Dropout, nn.Identity) else f"its dropout is a {dropout.__name__}"
 
     def plain_adapter(self) -> Adapter | None:
         """The one plain adapter that is active, without dropout; None where there is none or another kind."""
