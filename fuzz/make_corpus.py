@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM  # noqa: E402
 
 from fourbit.exporting.gguf.write import write_gguf  # noqa: E402
 from fourbit.model.formats import hf  # noqa: E402
+from fourbit.model.formats.own import own_config  # noqa: E402
 from fuzz.targets import CORPUS, merging_tokenizer, tiny_config, tokenizer  # noqa: E402
 from tests.tiny import CHATML  # noqa: E402
 
@@ -105,6 +106,7 @@ def models(work: Path) -> None:
     put("bnb", "nested", b"\0" + json.dumps(STATE).encode())
     plain = {key: value for key, value in STATE.items() if "nested" not in key}
     put("bnb", "plain", b"\4" + json.dumps(plain).encode())
+    put("own", "mixture", json.dumps(own_config("nf4", 64, True, ["lm_head"])))
 
 
 def adapters(work: Path) -> None:

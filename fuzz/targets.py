@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fourbit.config import DataSettings
 from fourbit.config_file import load_config
@@ -31,8 +37,10 @@ from fourbit.model.adapter_check import check_adapter
 from fourbit.model.adapter_folder import read_config as read_adapter_config
 from fourbit.model.adapter_folder import summarize
 from fourbit.model.base import make_skeleton, open_base, read_config
-from fourbit.model.formats import bnb, gguf, hf, pretokenizers
+from fourbit.model.formats import bnb, gguf, hf, own, pretokenizers
 from fourbit.model.formats.lazy import LazyTensor
+from fourbit.model.packed_folder import packed_as
+from fourbit.model.quantizer import FourBitConfig
 from fourbit.model.tokenizer import ensure_pad_token, read_tokenizer
 from fourbit.report.curves import read_curves
 from fourbit.training import checkpoint
@@ -83,6 +91,26 @@ def tiny_config() -> LlamaConfig:
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
+
+
+def tiny_mixture() -> MixtralForCausalLM:
+    """A mixture on the meta device, new each time."""
+    sizes = {key: getattr(tiny_config(), key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = MixtralConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2
+    )
+    with torch.device("meta"):
+        return MixtralForCausalLM(config)
+
+
+@cache
+def mixture_parts() -> dict[str, LazyTensor]:
+    """The packed tensors of that mixture in NF4, blocks of 64, double quantization."""
+    shapes = packed_as(tiny_mixture(), FourBitConfig(modules_to_not_convert=["lm_head"]))
+    return {
+        name: LazyTensor(lambda shape=shape: torch.zeros(shape, dtype=torch.uint8), torch.uint8, shape)
+        for name, shape in shapes.items()
+    }
 
 
 @cache
@@ -175,6 +203,17 @@ def _bnb(data: bytes, folder: Path) -> None:
         tensor.read()
 
 
+def _own(data: bytes, folder: Path) -> None:
+    """The quantization_config of a checkpoint under quant_method "fourbit": the parts of a tiny mixture."""
+    settings = None
+    with suppress(ValueError, RecursionError):
+        settings = json.loads(data)
+    if own.is_own(settings):
+        found = own.read_scheme(settings, str(folder))
+        kind = found.quant_type, found.block_size, found.double_quant, None, list(found.left)
+        own.checked(mixture_parts(), packed_as(tiny_mixture(), FourBitConfig(*kind)), str(folder))
+
+
 def _model_config(data: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(data)
     make_skeleton(folder, read_config(folder, False, False), False)
@@ -265,6 +304,7 @@ TARGETS: dict[str, Target] = {
     "gguf": Target(_gguf, slow=True),
     "gguf_model": Target(_gguf_model, slow=True),
     "bnb": Target(_bnb),
+    "own": Target(_own, slow=True),
     "model_config": Target(_model_config, slow=True),
     "tokenizer": Target(_tokenizer, slow=True),
     "template": Target(_template),

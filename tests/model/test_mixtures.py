@@ -155,6 +155,16 @@ def test_peft_asked_for_all_linear_layers(mixtral: Path) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_an_adapter_on_a_mixture_in_16_bits_is_stock_pefts(mixtral: Path, tmp_path: Path) -> None:
+    whole = fourbit.load(mixtral, quant_type="none", compute_dtype="float32", device="cpu")[0]
+    model = adapted(whole)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    plain = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
+    stock = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(model), logits(stock), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, LoraExperts) for module in model.modules())
+
+
 @pytest.mark.parametrize(
     ("targets", "wrappers"),
     [("all-linear", 2), ("attention", 0), (["q_proj", "down_proj"], 1), ("experts.gate_up_proj", 1)],

@@ -18,12 +18,13 @@ from fourbit.training.prepare import prepare_model
 from fourbit.training.shards import shard_base
 
 
-def config_of(folder: Path, output: str, **train: Any) -> RunConfig:
+def config_of(folder: Path, output: str, mixture: bool = False, **train: Any) -> RunConfig:
     """Six steps of two micro-batches each, with dropout; the last is short of rows."""
+    model, dropout = (folder / "mixture", 0.0) if mixture else (folder / "model", 0.1)
     return resolve(
         {
-            "model": {"path": str(folder / "model"), "device": "cpu", "compute_dtype": "bfloat16"},
-            "lora": {"r": 4, "dropout": 0.1},
+            "model": {"path": str(model), "device": "cpu", "compute_dtype": "bfloat16"},
+            "lora": {"r": 4, "dropout": dropout},
             "data": {"train": [str(folder / "rows.jsonl")], "max_length": 64, "heldout_fraction": 0.2},
             "train": {
                 "effective_batch": 8, "micro_batch": 4, "max_steps": 6, "epochs": 3, "eval_every": 2,
@@ -54,6 +55,7 @@ def main(folder: Path) -> None:
         ("shared", {"shard_weights": True}),
         ("uneven", {"micro_batch": 3}),
         ("uneven-shared", {"micro_batch": 3, "shard_weights": True}),
+        ("mixture-shared", {"mixture": True, "shard_weights": True}),
     ):
         run.run(config_of(folder, name, **changes), quiet, predict=True)
     # Stopped in the middle and gone on with: shares of the base first, the whole of it then.

@@ -16,6 +16,7 @@ from fourbit.processes import ALONE, Processes
 from fourbit.training import run
 from fourbit.training.planner import Planner
 from fourbit.training.target import Rows, Target
+from tests.model.test_architectures import save
 from tests.tiny import byte_tokenizer, llama, save_llama
 from tests.training.processes_worker import config_of
 
@@ -27,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left, and beside it the run of one."""
     place = tmp_path_factory.mktemp("processes")
     save_llama(place / "model")
+    save(place / "mixture", "mixtral", num_local_experts=4)
     with (place / "rows.jsonl").open("w") as file:
         for row in range(30):
             file.write(json.dumps({"text": f"row {row} " + "abc " * (row % 7 + 2)}) + "\n")
@@ -42,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     run.run(config_of(place, "one"), Console(quiet=True))
     run.run(config_of(place, "one-uneven", micro_batch=3), Console(quiet=True))
+    run.run(config_of(place, "mixture", mixture=True), Console(quiet=True))
     return place
 
 
@@ -62,6 +65,10 @@ def test_the_same_bytes_as_one_process(folder: Path, other: str) -> None:
     assert len(found) >= 3
     assert digests(folder / other) == found
     assert not list(folder.glob("**/.lock"))
+
+
+def test_experts_are_shared_out_too(folder: Path) -> None:
+    assert digests(folder / "mixture-shared") == digests(folder / "mixture")
 
 
 def test_an_uneven_share_of_micro_batches(folder: Path) -> None:

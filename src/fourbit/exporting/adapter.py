@@ -156,6 +156,9 @@ def _check_mergeable(folder: Path, config: dict[str, Any]) -> None:
     for key in _UNMERGEABLE:
         if config.get(key):
             raise ModelError(f"{folder}: an adapter with {key} cannot be merged into plain weights")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise ModelError(f"{folder}: target_parameters is no list of names")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(CHANGES_BASE):
         raise ModelError(

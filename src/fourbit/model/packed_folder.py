@@ -35,13 +35,17 @@ def open_own(
     settings = FourBitConfig(
         scheme.quant_type, scheme.block_size, scheme.double_quant, modules_to_not_convert=list(scheme.left)
     )
+    return own.checked(tensors, packed_as(skeleton, settings), str(source)), settings
+
+
+def packed_as(skeleton: PreTrainedModel, settings: FourBitConfig) -> dict[str, tuple[int, ...]]:
+    """Pack a model on the meta device so; the shapes of its packed parameters, by name."""
     pack_left(skeleton, settings)
-    shapes = {
+    return {
         name: tuple(parameter.shape)
         for name, parameter in skeleton.named_parameters()
         if parameter.dtype == torch.uint8
     }
-    return own.checked(tensors, shapes, str(source)), settings
 
 
 def restored_own(

@@ -40,7 +40,7 @@ class OwnScheme:
 
 def is_own(quantization_config: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Whether a config.json's quantization_config announces a checkpoint of this kind."""
-    return (quantization_config or {}).get("quant_method") == "fourbit"
+    return isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "fourbit"
 
 
 def own_config(quant_type: str, block_size: int, double_quant: bool, left: list[str]) -> dict[str, Any]:
