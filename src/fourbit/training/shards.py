@@ -17,10 +17,21 @@ from fourbit.nn.decoder import layer_list
 from fourbit.nn.loss import split_model
 
 
+def shares_bytes() -> bool:
+    """Whether FSDP takes weights that are no floats, as it does from torch 2.12 on."""
+    version: Any = torch.__version__  # which compares itself with tuples
+    return bool(version >= (2, 12))
+
+
 def check_shards(config: RunConfig) -> None:
-    """Raise ConfigError for settings beside which the base cannot be shared out."""
+    """Raise ConfigError for settings beside which the base cannot be shared out, and for too old a torch."""
     if not config.train.shard_weights:
         return
+    if not shares_bytes():
+        raise ConfigError(
+            f"train.shard_weights needs torch 2.12 or newer, this is {torch.__version__}: its FSDP shares out "
+            "floats only"
+        )
     if config.lora is None:
         raise ConfigError("train.shard_weights shares out frozen weights; there are none under lora: none")
     if config.model.weight_tier != "device":
