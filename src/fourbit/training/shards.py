@@ -29,7 +29,7 @@ def check_shards(config: RunConfig) -> None:
         return
     if not shares_bytes():
         raise ConfigError(
-            f"train.shard_weights needs torch 2.12 or newer, this is {torch.__version__}: its FSDP shares out "
+            f"train.shard_weights needs torch 2.12 or newer, this is {torch.__version__}: its FSDP takes "
             "floats only"
         )
     if config.lora is None:
