@@ -27,5 +27,5 @@ def contents(folder: str | Path) -> dict[str, Any]:
 
 def assert_same(first: str | Path, second: str | Path) -> None:
     one, two = contents(first), contents(second)
-    assert sorted(one) == sorted(two)
-    assert [name for name in one if one[name] != two[name]] == []
+    differ = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+    assert not differ, f"{first} and {second} differ in {', '.join(differ)}"

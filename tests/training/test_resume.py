@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,17 @@ def test_so_many_checkpoints_stay(settings: Any) -> None:
     trained(config)
     kept = sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
     assert kept == ["step-000004", "step-000005", "step-000006"]
+
+
+def test_one_that_a_crash_left_behind_goes_when_the_run_goes_on(settings: Any, tmp_path: Path) -> None:
+    """A kill in the last save, once it was whole and before the oldest was removed: no save comes after it."""
+    config = settings(train__eval_every=2, output=str(tmp_path / "run"))
+    training.run(config, Console(quiet=True))
+    folder = tmp_path / "run" / "checkpoints"
+    kept = sorted(path.name for path in folder.iterdir())
+    shutil.copytree(folder / kept[0], folder / "step-000001")
+    training.run(config, Console(quiet=True), resume=True)
+    assert sorted(path.name for path in folder.iterdir()) == kept
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:

@@ -95,9 +95,16 @@ def save(folder: Path, model: nn.Module, optimizer: PagedAdamW, state: State, ke
         durable.write_text(partial / _STATE, json.dumps({"sha256": _digest(content), **content}, indent=2))
         durable.settle(target)
         _read_back(target)
-        for old in _by_step(folder)[:-keep]:
-            durable.remove(old)
+        remove_older(target, keep)
     return target
+
+
+def remove_older(path: Path, keep: int) -> None:
+    """Of the checkpoints before this one leave the newest `keep` - 1; a crash may have come between."""
+    found = _by_step(path.parent.parent)
+    older = found[: found.index(path)]
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        durable.remove(old)
 
 
 def save_best(folder: Path, model: nn.Module) -> None:

@@ -53,6 +53,7 @@ def prepare_folder(
         note("the run was stopped before its first checkpoint: starting at its first step")
     with durable.disk_errors(str(folder)):
         if saved is not None:
+            checkpoint.remove_older(saved.path, config.train.keep_checkpoints)
             truncate(folder, saved.state.progress.step, saved.state.metrics_bytes)
         elif resume or overwrite:
             _remove_run(folder)
