@@ -310,7 +310,7 @@ def test_so_many_checkpoints_stay(settings: Any) -> None:
 
 
 def test_one_that_a_crash_left_behind_goes_when_the_run_goes_on(settings: Any, tmp_path: Path) -> None:
-    """A kill in the last save, once it was whole and before the oldest was removed: no save comes after it."""
+    """A kill in the last save, once it was whole: the oldest is still there, and no save comes after."""
     config = settings(train__eval_every=2, output=str(tmp_path / "run"))
     training.run(config, Console(quiet=True))
     folder = tmp_path / "run" / "checkpoints"
