@@ -118,8 +118,8 @@ def stored_as(
 def check_readable(path: str, stored: dict[str, Any] | None) -> None:
     """Raise ModelError for weights quantized by another method than bitsandbytes 4-bit, or fourbit's own."""
     if stored is not None and not bnb.is_bnb_4bit(stored) and not own.is_own(stored):
-        known = stored.get("quant_method") if isinstance(stored, dict) else None
-        raise ModelError(f"{path}: already quantized ({known or 'unknown method'}); give the 16-bit model")
+        known = stored.get("quant_method", "unknown method")
+        raise ModelError(f"{path}: already quantized ({known}); give the 16-bit model")
 
 
 def weight_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -50,7 +50,7 @@ class BnbScheme:
 
 def is_bnb_4bit(quantization_config: dict[str, Any] | None) -> bool:
     """Whether a config.json's quantization_config announces a bitsandbytes 4-bit checkpoint."""
-    config = quantization_config if isinstance(quantization_config, dict) else {}
+    config = quantization_config or {}
     return config.get("quant_method") == "bitsandbytes" and bool(config.get("load_in_4bit"))
 
 
