@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.exporting.adapters import save_adapter
+from tests.mixtures import folder, mixtral  # noqa: F401 - fixtures
 from tests.tiny import llama, save_llama
 
 

@@ -16,23 +16,15 @@ from transformers import AutoModelForCausalLM
 import fourbit
 from fourbit.cli.main import main
 from fourbit.errors import ModelError
+from fourbit.exporting import adapter as adapters
+from fourbit.exporting import merge
 from fourbit.exporting.bnb import write_bnb
 from fourbit.exporting.streamed import stream_model
 from fourbit.model.formats.lazy import LazyStack
-from tests.model.test_architectures import load, logits
-from tests.model.test_mixtures import KINDS, adapted, pack, same_bytes, save
+from tests.model.test_architectures import load, logits, save
+from tests.model.test_mixtures import adapted, pack, same_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-
-@pytest.fixture(params=KINDS)
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return save(tmp_path / "model", request.param, **KINDS[request.param])
-
-
-@pytest.fixture
-def mixtral(tmp_path: Path) -> Path:
-    return save(tmp_path / "model", "mixtral", **KINDS["mixtral"])
 
 
 @pytest.fixture
@@ -106,6 +98,22 @@ def test_matrices_are_read_one_by_one(mixtral: Path) -> None:
         assert whole.shape == stack.shape, name
         for number in range(4):
             assert torch.equal(stack.matrix(number), whole[number])
+
+
+def test_factors_and_matrices_are_read_once(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although a merge writes two tensors of each matrix of gate and up, and the factors are all experts'."""
+    adapted(load(mixtral)).save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    quantized, checked = [], []
+    quantize, check = merge.quantize_4bit, adapters.check_stored
+    monkeypatch.setattr(
+        merge, "quantize_4bit", lambda *a, **k: quantized.append(a[0].shape) or quantize(*a, **k)
+    )
+    monkeypatch.setattr(adapters, "check_stored", lambda t, where: checked.append(where) or check(t, where))
+    fourbit.merge(mixtral, tmp_path / "out", adapter=tmp_path / "adapter", into="dequantized")
+    assert len([shape for shape in quantized if shape == (256, 64)]) == 2 * 4  # layers, experts
+    assert len(checked) == len(set(checked)) == 2 * 2 * (4 + 2)  # A and B, layers, linear ones and stacks
 
 
 def test_an_adapter_for_another_number_of_experts_is_refused(mixtral: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.mixtures import folder, mixtral  # noqa: F401 - fixtures
 from tests.tiny import llama
 
 Make = Callable[..., Path]
@@ -26,8 +27,8 @@ def make(tmp_path: Path) -> Make:
         for key, parameter in model.named_parameters():
             if "lora_" in key:
                 parameter.data = (0.1 * torch.randn(parameter.shape, generator=generator)).to(dtype)
-        folder = tmp_path / name
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-        return folder
+        target = tmp_path / name
+        model.save_pretrained(str(target), save_embedding_layers=False)
+        return target
 
     return adapter

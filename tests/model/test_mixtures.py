@@ -34,21 +34,6 @@ pytestmark = [
     # Which looks for patterns of ranks among modules alone.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
-KINDS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 16, "num_experts_per_tok": 2},
-}
-
-
-@pytest.fixture(params=KINDS)
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return save(tmp_path / "model", request.param, **KINDS[request.param])
-
-
-@pytest.fixture
-def mixtral(tmp_path: Path) -> Path:
-    return save(tmp_path / "model", "mixtral", **KINDS["mixtral"])
 
 
 def restored(folder: Path) -> Any:

@@ -15,8 +15,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from fourbit.functional import dequantize_4bit, quantize_4bit
 from fourbit.memory.tracker import fake_tensors
-from fourbit.nn.experts import STACKS, Experts4bit, is_experts, pack_experts, packed_bytes, quantize_stack
+from fourbit.nn.experts import STACKS, Experts4bit, is_experts, pack_experts, quantize_stack
 from fourbit.nn.grouped import StackAdapter
+from fourbit.nn.matrix import packed_bytes
 
 EXPERTS, HIDDEN, INNER = 5, 24, 13  # no multiples of blocks: matrices of 2 * 13 * 24 and 24 * 13 weights
 KINDS = {"mixtral": MixtralExperts, "gpt_oss": GptOssExperts}

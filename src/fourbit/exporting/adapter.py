@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fourbit.defaults import CHANGES_BASE
 from fourbit.errors import ModelError
-from fourbit.model.adapter_folder import PREFIX, rank_and_scaling, weights_file
+from fourbit.model.adapter_folder import PREFIX, rank_and_scaling, unwrapped, weights_file
 from fourbit.model.finite import check_stored
 from fourbit.model.formats.lazy import LazyTensor
 from fourbit.nn.experts import is_experts
@@ -78,10 +79,16 @@ class StackDelta:
 
     def apply(self, number: int, matrix: Tensor) -> Tensor:
         """One merged matrix [out, in] in fp32; the given one stays as it is."""
-        rank = (self.a.shape or (0,))[0] // self.count
-        a = self.a.read()[number * rank : (number + 1) * rank].to(torch.float32)
-        b = self.b.read()[:, number :: self.count].to(torch.float32)
-        return torch.addmm(matrix.to(torch.float32), b, a, alpha=self.scaling)
+        a, b = _factors(self)
+        rank = len(a) // self.count
+        rows = a[number * rank : (number + 1) * rank]
+        return torch.addmm(matrix.to(torch.float32), b[:, number :: self.count], rows, alpha=self.scaling)
+
+
+@lru_cache(maxsize=1)
+def _factors(delta: StackDelta) -> tuple[Tensor, Tensor]:
+    """A and B in fp32: read and checked once for all the experts of a stack, which are merged in turn."""
+    return delta.a.read().to(torch.float32), delta.b.read().to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,9 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel, config: dict[str, Any]
     deltas: dict[str, LoraDelta | StackDelta] = {}
     wrapped: dict[str, list[dict[str, LazyTensor]]] = {}
     for module in sorted(layers, key=len, reverse=True):  # PEFT's wrappers of one module from the innermost
-        target = _module(folder, skeleton, _unwrapped(module))
+        target = _module(folder, skeleton, unwrapped(module))
         if is_experts(target):
-            wrapped.setdefault(_unwrapped(module), []).append(layers[module])
+            wrapped.setdefault(unwrapped(module), []).append(layers[module])
         else:
             deltas[f"{module}.weight"] = _delta(folder, config, module, layers[module], target)
     for module, parts in wrapped.items():
@@ -222,11 +229,6 @@ def _delta(
     return LoraDelta(a, b, scaling, magnitude, transposed)
 
 
-def _unwrapped(name: str) -> str:
-    """A module's name without those of PEFT's wrappers around it."""
-    return re.sub(r"(\.base_layer)+$", "", name)
-
-
 def _stack_deltas(
     folder: Path, config: dict[str, Any], module: str, parts: list[dict[str, LazyTensor]], target: Any
 ) -> dict[str, StackDelta]:
@@ -248,7 +250,11 @@ def _stack_deltas(
         expected = (rank * count, in_features), (out_features, rank * count)
         a, b = factors["lora_A"], factors["lora_B"]
         if (a.shape, b.shape) != expected:
-            raise _misfit(folder, f"{name}' with rank {rank}, factors '", a.shape, expected[0])
+            raise ModelError(
+                f"{folder}: '{name}' has A {list(a.shape or ())} and B {list(b.shape or ())}, which does not "
+                f"fit {count} experts of [{out_features}, {in_features}] at rank {rank}; is this the "
+                "adapter's base?"
+            )
         deltas[name] = StackDelta(a, b, scaling, count)
     return deltas
 

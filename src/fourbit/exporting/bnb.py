@@ -29,7 +29,7 @@ from fourbit.model.formats.lazy import LazyStack, LazyTensor
 from fourbit.model.formats.own import own_config
 from fourbit.model.quantizer import linear_names
 from fourbit.model.save import check_savable
-from fourbit.nn.experts import packed_bytes
+from fourbit.nn.matrix import packed_bytes
 from fourbit.tensor import QuantizedTensor
 
 #: bitsandbytes stores for one weight at most: codes, absmax, map, two of the nested scales, state.
@@ -97,10 +97,10 @@ def write_bnb(
 ) -> Requantized:
     """Quantize the linear layers of a model and write it for bitsandbytes, tensor by tensor.
 
+    model    best streamed unrounded (dtype None), so that a weight is rounded once
+    dtype    of embeddings, norms and the head
     experts  quantize those of a mixture too, which only fourbit reads; else they stay in 16 bits
-    model  best streamed unrounded (dtype None), so that a weight is rounded once
-    dtype  of embeddings, norms and the head
-    kind   of step in the record, and what it took beside what the model was made from
+    kind     of step in the record; sources: what it took beside what the model was made from
 
     Raises ModelError for a type that bitsandbytes lacks, QuantizationError for weights that are not
     finite, and as `write_hf` does.
@@ -117,7 +117,7 @@ def write_bnb(
     tensors = model.tensors if own else file_tensors(model)
     form = "fourbit" if own else "bnb"
     errors: dict[str, float] = {}
-    packed_bytes = weights = 0
+    code_bytes = weights = 0
     with written_aside(target) as partial:
         suffixes = _OWN_SUFFIXES if own else _SUFFIXES
         expected = [n + s for n in tensors for s in (suffixes if n in names else ("",))]
@@ -131,7 +131,7 @@ def write_bnb(
                         packed.append(q)
                         change += _squared(dequantize_4bit(q, torch.float32).sub_(matrix))
                         size += _squared(matrix)
-                        packed_bytes, weights = packed_bytes + q.nbytes, weights + q.numel
+                        code_bytes, weights = code_bytes + q.nbytes, weights + q.numel
                     errors[name] = sqrt(change / max(size, 1e-60))
                     parts = _own(name, packed, name in stacks) if own else to_bnb(name, packed[0])
                     for key, part in parts.items():
@@ -144,7 +144,7 @@ def write_bnb(
             written = writer.finish()
         finally:
             writer.abandon()
-        result = Requantized(written, 8 * packed_bytes / max(1, weights), errors, own)
+        result = Requantized(written, 8 * code_bytes / max(1, weights), errors, own)
         skipped = [n for n in linear_names(skeleton, []) if f"{n}.weight" not in names]
         if own:
             scheme = own_config(quant_type, block_size, double_quant, skipped)

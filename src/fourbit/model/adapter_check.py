@@ -18,7 +18,7 @@ from torch import nn
 
 from fourbit.errors import ModelError
 from fourbit.limits import LimitError, limited
-from fourbit.model.adapter_folder import CONFIG, LoraFactors, read_adapter
+from fourbit.model.adapter_folder import CONFIG, LoraFactors, read_adapter, unwrapped
 
 #: Ranks that people train with, which may stand in the settings though no layer has them.
 _USUAL_RANK = 256
@@ -37,7 +37,7 @@ def check_adapter(folder: Path, model: nn.Module) -> set[str]:
     _check_patterns(folder, adapter.config, [name for name, _ in base.named_modules()])
     for name, layer in adapter.layers.items():
         try:
-            module = base.get_submodule(_without_wrappers(name))
+            module = base.get_submodule(unwrapped(name))
         except AttributeError:
             raise ModelError(f"{folder}: this adapter does not fit the model: it has no '{name}'") from None
         if isinstance(module, BaseTunerLayer):
@@ -58,13 +58,6 @@ def check_complete(folder: Path, model: PeftModel, name: str, stored: set[str]) 
             continue
         if name in module.lora_A or name in module.lora_embedding_A:
             raise ModelError(f"{folder}: this adapter does not fit the model: it has nothing for '{layer}'")
-
-
-def _without_wrappers(name: str) -> str:
-    """PEFT wraps experts once for each adapted stack, and names the inner ones as parts of the outer."""
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return name
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -252,6 +252,13 @@ def _of_layer(folder: Path, config: dict[str, Any], patterns: str, default: str,
     return value
 
 
+def unwrapped(name: str) -> str:
+    """A module's name without PEFT's wrappers: experts have one for each adapted stack, one in another."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
+
+
 def rank_of(layers: Iterable[LoraFactors]) -> int:
     """The largest rank among layers."""
     return max(layer.rank for layer in layers)

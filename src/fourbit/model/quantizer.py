@@ -28,10 +28,10 @@ from fourbit.nn.experts import (
     Experts4bit,
     experts_modules,
     pack_experts,
-    packed_bytes,
     quantize_stack,
 )
 from fourbit.nn.linear import Linear4bit, features, is_plain, is_transposed
+from fourbit.nn.matrix import packed_bytes
 from fourbit.nn.packed import packed_parts
 
 

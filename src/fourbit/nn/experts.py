@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from fourbit.codebooks import check_block_size, check_quant_type
 from fourbit.functional import quantize_4bit
 from fourbit.kernels.product import Adapter
-from fourbit.nn.grouped import StackAdapter, grouped, sorted_rows, weighted_sum
-from fourbit.nn.matrix import PackedMatrix
+from fourbit.nn.grouped import Routing, StackAdapter, grouped, sorted_rows, weighted_sum
+from fourbit.nn.matrix import PackedMatrix, packed_bytes, packed_sizes
 from fourbit.nn.replaced import random
-from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 #: The parameters of an experts module that are stacks of matrices, in the order in which they are used.
 STACKS = ("gate_up_proj", "down_proj")
@@ -59,11 +58,6 @@ class Stack:
     dtype: torch.dtype
 
     @property
-    def numel(self) -> int:
-        """Weights of one matrix."""
-        return self.out_features * self.in_features
-
-    @property
     def stored_shape(self) -> tuple[int, int, int]:
         """The shape of the model's own parameter."""
         sides = (self.out_features, self.in_features)
@@ -71,10 +65,7 @@ class Stack:
 
     def sizes(self) -> dict[str, int]:
         """Bytes for one matrix of each parameter, by the ending of its name."""
-        blocks = -(-self.numel // self.block_size)
-        nested = -(-blocks // NESTED_BLOCK_SIZE)
-        sizes = {"": (self.numel + 1) // 2, "_absmax": blocks if self.double_quant else 4 * blocks}
-        return sizes | ({"_consts": 4 * nested + 4} if self.double_quant else {})
+        return packed_sizes(self.out_features * self.in_features, self.block_size, self.double_quant)
 
 
 class Expert(PackedMatrix):
@@ -169,20 +160,19 @@ def _through_experts(
     module: Any, x: Tensor, index: Tensor, weights: Tensor, adapters: dict[str, StackAdapter]
 ) -> Tensor:
     first, second = STACKS
-    rows, order, counts = sorted_rows(x, index, module.stacks[first].count)
-    experts = index.reshape(-1)[order]
-    y = grouped(rows, module.matrices(first), counts, adapters.get(first))
-    y = module._apply_gate(_with_bias_gradient(y, module, first, experts))
-    y = grouped(y, module.matrices(second), counts, adapters.get(second))
-    return weighted_sum(_with_bias_gradient(y, module, second, experts), order, weights)
+    rows, routing = sorted_rows(x, index, module.stacks[first].count)
+    y = grouped(rows, module.matrices(first), routing.counts, adapters.get(first))
+    y = module._apply_gate(_with_bias_gradient(y, module, first, index, routing))
+    y = grouped(y, module.matrices(second), routing.counts, adapters.get(second))
+    return weighted_sum(_with_bias_gradient(y, module, second, index, routing), routing, weights)
 
 
-def _with_bias_gradient(y: Tensor, module: Any, name: str, experts: Tensor) -> Tensor:
+def _with_bias_gradient(y: Tensor, module: Any, name: str, index: Tensor, routing: Routing) -> Tensor:
     """y, through which a bias that is trained gets its gradient; the product has added its value already."""
     bias = getattr(module, f"{name}_bias", None)
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
         return y
-    return y + (bias - bias.detach())[experts].to(y.dtype)
+    return y + (bias - bias.detach())[index.reshape(-1)[routing.order]].to(y.dtype)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -248,14 +238,6 @@ def quantize_stack(
         q = quantize_4bit(matrix, stack.quant_type, stack.block_size, stack.double_quant, name=name)
         for ending, data in packed_bytes(q).items():
             parts[ending][number] = data
-    return parts
-
-
-def packed_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
-    """The bytes of a quantized matrix by the ending of the parameter that holds them."""
-    parts = {"": q.codes.view(-1), "_absmax": q.absmax.view(torch.uint8)}
-    if q.nested_absmax is not None and q.offset is not None:
-        parts["_consts"] = torch.cat([q.nested_absmax, q.offset.view(1)]).view(torch.uint8)
     return parts
 
 

@@ -35,26 +35,36 @@ class StackAdapter:
         return StackAdapter(torch.cat([self.a, other.a], dim=1), torch.cat([self.b, other.b], dim=2))
 
 
-def sorted_rows(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Each token's row for each of its experts, sorted by expert: (rows [T k, H], order, rows per expert).
+@dataclass(frozen=True)
+class Routing:
+    """Which rows go through which expert.
 
-    x      [T, H]
-    index  int [T, k], the experts of a token
-    order  int64 [T k], which place of `index`, flattened, a row is for
+    order    int64 [T k], which place of the tokens' experts, flattened, a row sorted by expert is for
+    inverse  int64 [T k], which of those rows is for a place
+    counts   rows of each expert
     """
+
+    order: Tensor
+    inverse: Tensor
+    counts: list[int]
+
+
+def sorted_rows(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Routing]:
+    """Each token's row for each of its experts, sorted by expert: x [T, H], index int [T, k] -> [T k, H]."""
     flat = index.reshape(-1)
     order = flat.argsort(stable=True)
     if has_values(index):
         counts = torch.bincount(flat, minlength=experts).tolist()
     else:  # as evenly as it goes
         counts = [(len(flat) + number) // experts for number in range(experts)]
-    rows: Tensor = _Dispatched.apply(x, order, index.shape[-1])  # type: ignore[no-untyped-call]
-    return rows, order, counts
+    routing = Routing(order, order.argsort(), counts)
+    rows: Tensor = _Dispatched.apply(x, routing, index.shape[-1])  # type: ignore[no-untyped-call]
+    return rows, routing
 
 
-def weighted_sum(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(y: Tensor, routing: Routing, weights: Tensor) -> Tensor:
     """The rows of `sorted_rows` at their tokens again, weighted [T, k] and summed: [T, H]."""
-    rows: Tensor = _Reordered.apply(y, order)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Reordered.apply(y, routing)  # type: ignore[no-untyped-call]
     return (rows.view(*weights.shape, -1) * weights[..., None]).sum(dim=1).to(y.dtype)
 
 
@@ -125,29 +135,26 @@ def _of(a: Tensor, b: Tensor, number: int) -> Adapter:
 
 
 class _Dispatched(torch.autograd.Function):
-    """x [T, H] -> [T k, H]: row i is the token of place order[i]."""
+    """x [T, H] -> [T k, H], sorted by expert."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return x[order // k]
+    def forward(ctx: Any, x: Tensor, routing: Routing, k: int) -> Tensor:
+        ctx.routing, ctx.k = routing, k
+        return x[routing.order // k]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return grad[order.argsort()].view(-1, ctx.k, grad.shape[-1]).sum(dim=1), None, None
+        return grad[ctx.routing.inverse].view(-1, ctx.k, grad.shape[-1]).sum(dim=1), None, None
 
 
 class _Reordered(torch.autograd.Function):
-    """y [R, H] -> the same rows at the places that `order` says."""
+    """y [T k, H], sorted by expert -> the same rows at their places."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return y[order.argsort()]
+    def forward(ctx: Any, y: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return y[routing.inverse]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return grad[order], None
+        return grad[ctx.routing.order], None

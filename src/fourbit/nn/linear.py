@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from fourbit.codebooks import check_block_size, check_codebook, check_quant_type
 from fourbit.errors import QuantizationError
 from fourbit.functional import quantize_4bit
-from fourbit.nn.matrix import PackedMatrix
-from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
+from fourbit.nn.matrix import PackedMatrix, packed_bytes, packed_sizes
+from fourbit.tensor import QuantizedTensor
 
 
 class Linear4bit(PackedMatrix, nn.Linear):
@@ -70,12 +70,10 @@ class Linear4bit(PackedMatrix, nn.Linear):
         # Not a buffer: casting the module would round it.
         self._custom_codebook = check_codebook(codebook) if codebook is not None else None
 
-        numel = out_features * in_features
-        blocks = -(-numel // block_size)
-        nested = -(-blocks // NESTED_BLOCK_SIZE)
-        self.weight = _bytes((numel + 1) // 2, device)
-        self.weight_absmax = _bytes(blocks if double_quant else 4 * blocks, device)
-        self.register_parameter("weight_consts", _bytes(4 * nested + 4, device) if double_quant else None)
+        sizes = packed_sizes(out_features * in_features, block_size, double_quant)
+        self.weight, self.weight_absmax = _bytes(sizes[""], device), _bytes(sizes["_absmax"], device)
+        consts = _bytes(sizes["_consts"], device) if double_quant else None
+        self.register_parameter("weight_consts", consts)
         empty_bias = torch.empty(out_features, device=device, dtype=self.dtype)
         self.register_parameter("bias", nn.Parameter(empty_bias) if bias else None)
 
@@ -113,10 +111,8 @@ class Linear4bit(PackedMatrix, nn.Linear):
             device="meta",
             dtype=q.dtype,
         )
-        layer.weight = _frozen(q.codes.view(-1))
-        layer.weight_absmax = _frozen(q.absmax.view(torch.uint8))
-        if q.nested_absmax is not None and q.offset is not None:
-            layer.weight_consts = _frozen(torch.cat([q.nested_absmax, q.offset.view(1)]).view(torch.uint8))
+        for ending, data in packed_bytes(q).items():
+            setattr(layer, f"weight{ending}", _frozen(data))
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
         return layer

@@ -16,7 +16,22 @@ from fourbit.functional import dequantize_4bit, linear_4bit
 from fourbit.kernels import product as native
 from fourbit.memory.tracker import has_values
 from fourbit.ops.linear import FEW_ROWS, multiplies_panels
-from fourbit.tensor import QuantizedTensor
+from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
+
+
+def packed_sizes(numel: int, block_size: int, double_quant: bool) -> dict[str, int]:
+    """Bytes of the parameters that hold a matrix of so many weights, by the ending of their names."""
+    blocks = -(-numel // block_size)
+    sizes = {"": (numel + 1) // 2, "_absmax": blocks if double_quant else 4 * blocks}
+    return sizes | ({"_consts": 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4} if double_quant else {})
+
+
+def packed_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
+    """The bytes of a quantized matrix by the ending of the parameter that holds them; codes are shared."""
+    parts = {"": q.codes.view(-1), "_absmax": q.absmax.view(torch.uint8)}
+    if q.nested_absmax is not None and q.offset is not None:
+        parts["_consts"] = torch.cat([q.nested_absmax, q.offset.view(1)]).view(torch.uint8)
+    return parts
 
 
 class PackedMatrix:

@@ -59,8 +59,11 @@ class LazyStack(LazyTensor):
         """A stack of the given shape that reads its matrices when it is read itself."""
 
         def read() -> Tensor:
-            matrices = (matrix(number) for number in range(shape[0]))
-            return torch.stack([part.t() if transposed else part for part in matrices])
+            whole = torch.empty(shape, dtype=dtype)
+            for number, place in enumerate(whole):
+                part = matrix(number)
+                place.copy_(part.t() if transposed else part)
+            return whole
 
         return cls(read, dtype, shape, matrix=matrix, transposed=transposed, sources=sources, heights=heights)
 
@@ -80,13 +83,18 @@ class LazyStack(LazyTensor):
     def apart(self) -> dict[str, LazyTensor]:
         """The tensors that it is stored as, by name."""
         assert self.shape is not None
+        columns, kept = self.shape[2], dict[int, Tensor]()
 
         def part(number: int, begin: int, height: int) -> LazyTensor:
-            return LazyTensor(
-                lambda: self.matrix(number)[begin : begin + height].contiguous(),
-                self.dtype,
-                (height, *(self.shape or ())[2:]),
-            )
+            def read() -> Tensor:
+                # A matrix's parts are read one after another; it is made once for them.
+                matrix = kept[number] if number in kept else self.matrix(number)
+                kept.clear()
+                if begin + height < len(matrix):
+                    kept[number] = matrix
+                return matrix[begin : begin + height].contiguous()
+
+            return LazyTensor(read, self.dtype, (height, columns))
 
         begins = [sum(self.heights[:place]) for place in range(len(self.heights))]
         return {
