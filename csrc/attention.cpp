@@ -65,7 +65,9 @@ int64_t scratch_bytes(int64_t wide) {
     return ATTENTION_TILE * (4 * wide * 4 + 4 * ATTENTION_TILE * 4 + 2 * ATTENTION_TILE * 4 + wide * 4) + 16 * 64;
 }
 
-int64_t wide_of(int64_t width) { return ceil_div(width, 16) * 16; }
+int64_t wide_of(const AttentionKernels& kernel, int64_t width) {
+    return ceil_div(width, kernel.width_step) * kernel.width_step;
+}
 
 }  // namespace
 
@@ -73,7 +75,7 @@ int fb_attention(const FbAttention* problem, int threads) {
     const FbAttention& p = *problem;
     if (!valid(p)) return 1;
     const AttentionKernels& kernel = kernels_for(p.dtype);
-    const int64_t wide = wide_of(p.width), tiles = ceil_div(p.length, ATTENTION_TILE);
+    const int64_t wide = wide_of(kernel, p.width), tiles = ceil_div(p.length, ATTENTION_TILE);
     const int64_t pack_bytes = tiles * ATTENTION_TILE * wide * kernel.operand_bytes, each = scratch_bytes(wide);
     // So many key-value heads are packed at a time: enough to occupy the threads, but not gigabytes.
     const int64_t all = p.batch * p.kv_heads, share = p.heads / p.kv_heads;
@@ -104,7 +106,7 @@ int fb_attention_grad(const FbAttention* problem, int threads) {
     const FbAttention& p = *problem;
     if (!valid(p)) return 1;
     const AttentionKernels& kernel = kernels_for(p.dtype);
-    const int64_t wide = wide_of(p.width), tiles = ceil_div(p.length, ATTENTION_TILE), group = p.heads / p.kv_heads;
+    const int64_t wide = wide_of(kernel, p.width), tiles = ceil_div(p.length, ATTENTION_TILE), group = p.heads / p.kv_heads;
     const int64_t values = tiles * ATTENTION_TILE * wide, scratch = scratch_bytes(wide);
     const int64_t packs = 3 * values * kernel.operand_bytes, sums = 2 * values * 4, dq = ATTENTION_TILE * wide * 4;
     const int64_t each = packs + sums + dq + scratch;

@@ -1,5 +1,6 @@
 // Causal attention in tiles of 64 queries and 64 keys (arXiv:2205.14135): source that each instruction set
-// compiles with a `Math` of its own, which says how operands are held and multiplied.
+// compiles with a `Math` of its own, which says how operands are held and multiplied. A `Math::Scope` lives while
+// one thread multiplies.
 //
 //   forward   S = scale Q K^T,  P = softmax(S),  O = P V,  lse = log sum exp S
 //   backward  P = exp(S - lse), dP = dO V^T, dS = scale P (dP - rowsum(dO O)),
@@ -27,7 +28,7 @@ struct Attention {
     using Operand = typename Math::Operand;
     static constexpr int64_t MAX_WIDTH = ATTENTION_MAX_WIDTH;
 
-    static int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
+    static int64_t padded(int64_t width) { return (width + Math::WIDTH_STEP - 1) / Math::WIDTH_STEP * Math::WIDTH_STEP; }
 
     // Rows of x as operand rows of `padded(width)`, zeros beyond count and width.
     static void read_rows(const AttentionTensor& x, int dtype, int64_t row, int64_t count, int64_t width, Operand* out) {
@@ -104,6 +105,7 @@ struct Attention {
 
     // One tile of queries of one head; `keys` and `values` as pack_forward leaves them.
     static void forward(const AttentionHead& h, int64_t row, const Operand* keys, const Operand* values, char* room) {
+        [[maybe_unused]] const typename Math::Scope scope;
         const int64_t wide = padded(h.width), count = std::min(TILE, h.length - row);
         const Scratch at = scratch(room, wide);
         float top[TILE], sum[TILE];
@@ -144,6 +146,7 @@ struct Attention {
     // All of one key-value head: dK, dV and the dQ of its `group` query heads, heads[0] to heads[group - 1].
     // `packs` holds three packs of the whole head, `sums` fp32 [2, tiles, wide, TILE], dq [TILE, wide].
     static void backward(const AttentionHead* heads, int64_t group, Operand* packs, float* sums, float* dq, char* room) {
+        [[maybe_unused]] const typename Math::Scope scope;
         const AttentionHead& kv = heads[0];
         const int64_t wide = padded(kv.width), tiles = (kv.length + TILE - 1) / TILE, all = tiles * TILE * wide;
         const Scratch at = scratch(room, wide);
@@ -262,13 +265,17 @@ struct Passes {
             ds[j] = to_operand<Operand>(value * (dp[j] - inner) * scale);
         }
     }
+};
 
+struct OneScope {
+    struct Scope {};
 };
 
 // fp32 operands in vectors V. B is packed as it lies: [k, n].
 template <class V>
-struct WideMath : Passes<float> {
+struct WideMath : Passes<float>, OneScope {
     using Operand = float;
+    static constexpr int64_t WIDTH_STEP = 16;
 
     static void pack(const float* rows, int64_t wide, float* out) {
         std::memcpy(out, rows, size_t(TILE * wide) * sizeof(float));
@@ -328,7 +335,7 @@ struct AttentionExport {
         Attention<Math>::backward(heads, group, static_cast<Operand*>(packs), sums, dq, room);
     }
 
-    static constexpr AttentionKernels kernels = {sizeof(Operand), pack, forward, backward};
+    static constexpr AttentionKernels kernels = {sizeof(Operand), Math::WIDTH_STEP, pack, forward, backward};
 };
 
 }  // namespace

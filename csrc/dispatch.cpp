@@ -7,6 +7,12 @@
 #include "fourbit.h"
 #include "kernels.h"
 
+#if defined(FB_HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 const Kernels scalar_kernels = {"scalar",        scalar::quantize, scalar::dequantize, scalar::has_nonfinite,
@@ -38,6 +44,25 @@ const Kernels avx512bf16_kernels = {"avx512bf16",          avx512::quantize, avx
                                 avx512::attend, avx512::dense, &avx512bf16::attention, &avx512::attention,
                                     &avx512bf16::product, &avx512::product};
 #endif
+#if defined(FB_HAVE_AMX)
+const Kernels amx_kernels = [] {
+    Kernels table = avx512bf16_kernels;
+    table.name = "amx";
+    table.product = &amx::product;
+    table.attention = &amx::attention;
+    return table;
+}();
+
+// Linux lends a process the tiles when it asks for them (Documentation/arch/x86/xstate.rst). The processor is asked
+// directly: older compilers' __builtin_cpu_supports does not know AMX.
+bool has_amx() {
+    constexpr unsigned BF16_BIT = 1u << 22, TILE_BIT = 1u << 24;
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16_BIT) && (d & TILE_BIT) &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#endif
 // What the compiler vectorizes well enough from the portable source has no NEON version.
 #if defined(FB_HAVE_NEON)
 const Kernels neon_kernels = {"neon",          neon::quantize,  neon::dequantize, scalar::has_nonfinite,
@@ -63,6 +88,9 @@ std::vector<const Kernels*> available() {
 #if defined(FB_HAVE_AVX512BF16)
     if (found.back() == &avx512_kernels && __builtin_cpu_supports("avx512bf16"))
         found.push_back(&avx512bf16_kernels);
+#endif
+#if defined(FB_HAVE_AMX)
+    if (found.back() == &avx512bf16_kernels && has_amx()) found.push_back(&amx_kernels);
 #endif
 #if defined(FB_HAVE_NEON)
     found.push_back(&neon_kernels);

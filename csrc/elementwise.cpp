@@ -2,9 +2,12 @@
 #include <algorithm>
 
 #include "convert.h"
+#include "exponential.h"
 #include "fourbit.h"
 #include "kernels.h"
 #include "parallel.h"
+
+const float LEAST_EXPONENT = -87.3f, LARGEST_EXPONENT = 88.7f;
 
 namespace {
 

@@ -149,6 +149,7 @@ struct AttentionHead {
 
 struct AttentionKernels {
     int64_t operand_bytes;
+    int64_t width_step;  // widths are rounded up to a multiple of it
     void (*pack)(const AttentionHead& h, void* keys, void* values, char* room);
     void (*forward)(const AttentionHead& h, int64_t row, const void* keys, const void* values, char* room);
     void (*backward)(const AttentionHead* heads, int64_t group, void* packs, float* sums, float* dq, char* room);
@@ -157,10 +158,14 @@ struct AttentionKernels {
 // The many-row product, see product.cpp: tiles of `rows` rows of x by panels of `lanes` columns of the result.
 struct ProductKernels {
     int64_t rows, lanes;
+    int64_t step;  // the words of a tile and of a panel are a multiple of it, zeros beyond the last
     // How many rows a tile of so many has, zeros included; at most `rows`.
     int64_t (*height)(int64_t rows);
     // out [count][width] of the words of n lines, `stride` bytes apart, and zeros; n <= width <= 32.
     void (*transpose)(const char* lines, int64_t stride, int64_t n, int64_t count, uint32_t* out, int64_t width);
+    // A tile of `height` rows of `words` words, of n lines of so many bytes, and zeros.
+    void (*pack)(const char* lines, int64_t stride, int64_t n, int64_t bytes, int64_t words, int64_t height,
+                 uint32_t* tile);
     // panel [words][lanes] of `lanes` columns of `rows` rows of packed weights, `stride` bytes and `blocks` scales
     // apart, of which each lies in one block.
     void (*columns)(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,
@@ -171,9 +176,10 @@ struct ProductKernels {
     void (*kept)(const DropoutRow& row, uint32_t* bits);
     // sums [lanes] += more * scale where bits are set.
     void (*add_kept)(const float* more, uint32_t bits, float scale, float* sums);
-    // sums [height][lanes] = or += tile [count][height] times panel [count][lanes], word by word.
-    void (*multiply)(const uint32_t* tile, const uint32_t* panel, int64_t count, int64_t height, bool add,
-                     float* sums);
+    // sums [rows][lanes] = or += tiles times panel [count][lanes]: of the `words` words of the tiles those from
+    // `start` on. Sums of rows that fill a tile up are written too.
+    void (*multiply)(const uint32_t* tiles, int64_t rows, int64_t words, int64_t start, int64_t count,
+                     const uint32_t* panel, bool add, float* sums);
     // out [width] of the dtype = sums + bias, both [lanes].
     void (*store)(const float* sums, const float* bias, int64_t width, void* out);
 };
@@ -221,6 +227,7 @@ FB_KERNELS(scalar)
 FB_KERNELS(avx2)
 FB_KERNELS(avx512)
 FB_KERNELS(avx512bf16)
+FB_KERNELS(amx)
 FB_KERNELS(neon)
 
 struct Kernels {

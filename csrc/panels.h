@@ -37,14 +37,16 @@ struct Room {
 namespace {
 
 // Depth of a panel in words: 32 KiB of bf16, 16 of fp32, whose longer sums would be less exact.
-constexpr int64_t MOST_WORDS = 256, MOST_WIDE_WORDS = 128, MOST_LANES = 32, MOST_HEIGHT = 12;
+constexpr int64_t MOST_WORDS = 256, MOST_WIDE_WORDS = 128, MOST_LANES = 32, MOST_HEIGHT = 32;
 // Bytes between lines, not a power of two: else they would all compete for the same places in the cache.
 constexpr int64_t LINE_STRIDE = 4 * MOST_WORDS + 64, LINES_BYTES = MOST_LANES * LINE_STRIDE;
 
 inline int64_t per_word(int dtype) { return dtype == FP32 ? 1 : 2; }
-inline int64_t words_of(int64_t depth, int dtype) { return ceil_div(depth, per_word(dtype)); }
+inline int64_t words_of(const ProductKernels& k, int64_t depth, int dtype) {
+    return ceil_div(ceil_div(depth, per_word(dtype)), k.step) * k.step;
+}
 
-// Words of one panel where `words` are cut into equal ones, in steps of 32: whole vectors of codes.
+// Words of one panel where `words` are cut into equal ones, in steps of 32: whole vectors of codes, and of any k.step.
 inline int64_t panel_words(int64_t words, int dtype) {
     const int64_t panels = ceil_div(words, dtype == FP32 ? MOST_WIDE_WORDS : MOST_WORDS);
     return ceil_div(ceil_div(words, panels), 32) * 32;
@@ -63,12 +65,12 @@ struct Rows {
 // Rows first .. first + real as a tile of `height`; what is missing is zero.
 inline void pack_tile(const ProductKernels& k, const Rows& rows, int64_t first, int64_t real, int64_t height,
                       uint32_t* tile) {
-    const int64_t stride = rows.bytes(), whole = stride / 4;
-    k.transpose(rows.row(first), stride, real, whole, tile, height);
-    if (stride % 4 == 0) return;
-    uint32_t* last = tile + whole * height;
-    std::memset(last, 0, size_t(4 * height));
-    for (int64_t r = 0; r < real; ++r) std::memcpy(last + r, rows.row(first + r) + 4 * whole, 2);
+    k.pack(rows.row(first), rows.bytes(), real, rows.bytes(), words_of(k, rows.depth, rows.dtype), height, tile);
+}
+
+// Words from .. count of a panel.
+inline void clear_words(const ProductKernels& k, int64_t from, int64_t count, uint32_t* panel) {
+    if (from < count) std::memset(panel + from * k.lanes, 0, size_t(4 * (count - from) * k.lanes));
 }
 
 // A frozen weight [N, K] in 4 bits, its scales restored.
@@ -104,14 +106,15 @@ struct Weight {
     void columns_panel(const ProductKernels& k, int64_t first, int64_t start, int64_t count,
                        uint32_t* panel) const {
         const int64_t from = start * per_word(dtype), rows = std::min(count * per_word(dtype), N - from);
-        const int64_t at = from * K + first;
+        const int64_t at = from * K + first, filled = ceil_div(rows, per_word(dtype));
+        clear_words(k, filled, count, panel);
         if (K % block_size == 0) {
             k.columns(codes + at / 2, K / 2, absmax + at / block_size, K / block_size, rows, codebook, panel);
             return;
         }
         const int64_t width = std::min(k.lanes, K - first);
         alignas(64) char lines[2][4 * MOST_LANES] = {};
-        for (int64_t w = 0; w < count; ++w) {
+        for (int64_t w = 0; w < filled; ++w) {
             const int64_t n = from + w * per_word(dtype);
             restore(n, first, width, lines[0]);
             const bool second = dtype != FP32 && n + 1 < N;
@@ -124,7 +127,7 @@ struct Weight {
 // Lanes first .. first + lanes of rows from .. from + count as they lie in memory; words are made of the rows.
 // kept: bits of the values that count, [rows, mask_words], or null for all.
 inline void pack_columns(const ProductKernels& k, const Rows& rows, int64_t first, int64_t from, int64_t count,
-                         const uint32_t* kept, int64_t mask_words, uint32_t* panel) {
+                         const uint32_t* kept, int64_t mask_words, int64_t words, uint32_t* panel) {
     const int64_t width = std::min(k.lanes, rows.depth - first), step = per_word(rows.dtype);
     const auto bits = [&](int64_t row) {
         return kept ? kept[row * mask_words + first / 32] >> (first % 32) : ~0u;
@@ -135,15 +138,7 @@ inline void pack_columns(const ProductKernels& k, const Rows& rows, int64_t firs
         k.interleave(at, second ? at + rows.bytes() : nullptr, bits(from + i), second ? bits(from + i + 1) : 0u,
                      width, panel + i / step * k.lanes);
     }
-}
-
-// sums [rows, lanes] = or += tiles times a panel; tiles hold `words` words each, of which the panel is some.
-inline void multiply_tiles(const ProductKernels& k, const uint32_t* tiles, int64_t rows, int64_t words,
-                           int64_t start, int64_t count, const uint32_t* panel, bool add, float* sums) {
-    for (int64_t row = 0; row < rows; row += k.rows) {
-        const int64_t height = k.height(std::min(k.rows, rows - row));
-        k.multiply(tiles + row * words + start * height, panel, count, height, add, sums + row * k.lanes);
-    }
+    clear_words(k, ceil_div(count, step), words, panel);
 }
 
 // count values of fp32 times scale, in `dtype`.
@@ -170,9 +165,9 @@ inline void narrow_rows_panel(const ProductKernels& k, const float* rows, int64_
     k.transpose(lines, line_stride, real, count, panel, k.lanes);
 }
 
-// A panel whose words are made of `count` rows of fp32, `stride` apart, `width` values of each.
+// A panel of `words` words, made of `count` rows of fp32, `stride` apart, `width` values of each.
 inline void narrow_columns_panel(const ProductKernels& k, const float* rows, int64_t stride, int64_t count,
-                                 int64_t width, int dtype, uint32_t* panel) {
+                                 int64_t width, int dtype, int64_t words, uint32_t* panel) {
     const int64_t step = per_word(dtype);
     alignas(64) char lines[2][4 * MOST_LANES];
     for (int64_t i = 0; i < count; i += step) {
@@ -181,6 +176,7 @@ inline void narrow_columns_panel(const ProductKernels& k, const float* rows, int
         if (second) narrow(k, rows + (i + 1) * stride, width, 1.0f, dtype, lines[1]);
         k.interleave(lines[0], second ? lines[1] : nullptr, ~0u, ~0u, width, panel + i / step * k.lanes);
     }
+    clear_words(k, ceil_div(count, step), words, panel);
 }
 
 }  // namespace

@@ -32,9 +32,10 @@ void add_adapter(Call& c) {
         if (!panel || !c.has(tile)) return;
         for (int64_t row = 0; row < p.rows; row += c.k.rows) {
             const int64_t real = std::min(c.k.rows, p.rows - row);
-            float sums[MOST_HEIGHT * MOST_LANES], before[MOST_LANES] = {};
+            alignas(64) float sums[MOST_HEIGHT * MOST_LANES];
+            float before[MOST_LANES] = {};
             pack_tile(c.k, Rows{p.low, p.rank, p.dtype}, row, real, c.k.height(real), tile);
-            multiply_tiles(c.k, tile, real, words, 0, words, panel, false, sums);
+            c.k.multiply(tile, real, words, 0, words, panel, false, sums);
             for (int64_t r = 0; r < real; ++r) {
                 char* y = static_cast<char*>(p.y) + ((row + r) * p.out_features + lane) * dtype_bytes(p.dtype);
                 for (int64_t i = 0; i < width; ++i) before[i] = load_value(y, p.dtype, i);
@@ -75,7 +76,7 @@ void forward(Call& c) {
             c.weight.rows_panel(c.k, lane, start, count, lines, to);
         });
         const uint32_t* up = p.rank ? up_panel(c, lane, false) : nullptr;
-        if (up) multiply_tiles(c.k, low_tiles, rows, c.low_words(), 0, c.low_words(), up, true, sums);
+        if (up) c.k.multiply(low_tiles, rows, c.low_words(), 0, c.low_words(), up, true, sums);
         float bias[MOST_LANES] = {};
         for (int64_t i = 0; p.bias && i < width; ++i) bias[i] = load_value(p.bias, p.dtype, lane + i);
         char* y = static_cast<char*>(p.y);

@@ -6,6 +6,8 @@
 //   V::add_products(s, a, w)  s + a w, a and w being words
 #pragma once
 
+#include <cstring>
+
 #include "kernels.h"
 #include "unroll.h"
 
@@ -43,14 +45,30 @@ int64_t tile_height(int64_t rows) {
 }
 
 template <class V>
-void multiply_words(const uint32_t* tile, const uint32_t* panel, int64_t count, int64_t height, bool add,
-                    float* sums) {
-    if (height == V::ROWS)
-        multiply_tile<V, V::ROWS>(tile, panel, count, add, sums);
-    else if (height == V::ROWS / 3)
-        multiply_tile<V, V::ROWS / 3>(tile, panel, count, add, sums);
-    else
-        multiply_tile<V, V::ROWS / 3 * 2>(tile, panel, count, add, sums);
+void multiply_words(const uint32_t* tiles, int64_t rows, int64_t words, int64_t start, int64_t count,
+                    const uint32_t* panel, bool add, float* sums) {
+    for (int64_t row = 0; row < rows; row += V::ROWS, sums += 2 * V::LANES * V::ROWS) {
+        const int64_t height = rows - row < V::ROWS ? tile_height<V>(rows - row) : V::ROWS;
+        const uint32_t* tile = tiles + row * words + start * height;
+        if (height == V::ROWS)
+            multiply_tile<V, V::ROWS>(tile, panel, count, add, sums);
+        else if (height == V::ROWS / 3)
+            multiply_tile<V, V::ROWS / 3>(tile, panel, count, add, sums);
+        else
+            multiply_tile<V, V::ROWS / 3 * 2>(tile, panel, count, add, sums);
+    }
+}
+
+// A tile [words][height], for kernels whose words need not be a multiple of anything.
+template <decltype(ProductKernels::transpose) TRANSPOSE>
+void pack_words(const char* lines, int64_t stride, int64_t n, int64_t bytes, int64_t words, int64_t height,
+                uint32_t* tile) {
+    const int64_t whole = bytes / 4;
+    TRANSPOSE(lines, stride, n, whole, tile, height);
+    if (whole == words) return;
+    uint32_t* last = tile + whole * height;
+    std::memset(last, 0, size_t(4 * height));
+    for (int64_t r = 0; r < n; ++r) std::memcpy(last + r, lines + r * stride + 4 * whole, size_t(bytes - 4 * whole));
 }
 
 }  // namespace

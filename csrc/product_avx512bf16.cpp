@@ -1,6 +1,6 @@
 // The many-row product of bf16 with AVX-512 BF16: vdpbf16ps multiplies both values of a word and adds them.
 // Subnormal values count as zero, as in the few-row product and in oneDNN.
-#include "product_avx512.h"
+#include "product_bf16.h"
 
 namespace {
 
@@ -12,55 +12,12 @@ struct Bf16 : Lanes512 {
     }
 };
 
-// Word j of the result: element j of the first row below, of the second above.
-void store_pairs(__m512i first, __m512i second, uint32_t* words) {
-    // Elements of the second row are counted from 32.
-    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_set1_epi32(0x10001)),
-                                         _mm512_set1_epi32(32 << 16));
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x100010));
-    _mm512_storeu_si512(words, _mm512_permutex2var_epi16(first, low, second));
-    _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi16(first, high, second));
-}
-
-void columns(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,
-             const float* codebook, uint32_t* panel) {
-    const __m512 values = _mm512_loadu_ps(codebook);
-    const auto restored = [&](int64_t n) {
-        const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(absmax[n * blocks]));
-        // The permute reads five bits; with the 16 values there twice, the fifth does not matter.
-        const __m512i table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
-        const __m512i byte =
-            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + n * stride)));
-        return _mm512_permutexvar_epi16(
-            _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16)), table);
-    };
-    for (int64_t n = 0; n < rows; n += 2)
-        store_pairs(restored(n), n + 1 < rows ? restored(n + 1) : _mm512_setzero_si512(), panel + 16 * n);
-}
-
-void interleave(const void* first, const void* second, uint32_t bits, uint32_t second_bits, int64_t width,
-                uint32_t* words) {
-    const uint32_t inside = width >= 32 ? ~0u : (1u << width) - 1;
-    const __m512i low = _mm512_maskz_loadu_epi16(__mmask32(bits & inside), first);
-    const __m512i high = second ? _mm512_maskz_loadu_epi16(__mmask32(second_bits & inside), second)
-                                : _mm512_setzero_si512();
-    store_pairs(low, high, words);
-}
-
-void store_row(const float* sums, const float* bias, int64_t width, void* out) {
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 values = _mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_loadu_ps(bias + i));
-        _mm512_mask_cvtepi32_storeu_epi16(static_cast<uint16_t*>(out) + i, first_lanes(width - i),
-                                          round_to_bf16(values));
-    }
-}
-
 }  // namespace
 
 namespace avx512bf16 {
 
-const ProductKernels product = {Bf16::ROWS, 2 * Bf16::LANES, tile_height<Bf16>, transpose_lines, columns,
-                                interleave, avx512::kept,    add_kept_lanes,    multiply_words<Bf16>, store_row};
+const ProductKernels product = {
+    Bf16::ROWS, 2 * Bf16::LANES, 1, tile_height<Bf16>, transpose_lines, pack_words<transpose_lines>, columns, interleave,
+    avx512::kept, add_kept_lanes, multiply_words<Bf16>, store_row};
 
 }  // namespace avx512bf16

@@ -44,7 +44,7 @@ struct Call {
         return room != nullptr;
     }
     bool drops() const { return p.rank > 0 && p.p > 0; }
-    int64_t low_words() const { return words_of(p.rank, p.dtype); }
+    int64_t low_words() const { return words_of(k, p.rank, p.dtype); }
     int64_t rank_panels() const { return ceil_div(p.rank, k.lanes); }
     int64_t mask_words() const { return ceil_div(p.in_features, 32); }
 
@@ -84,7 +84,7 @@ inline void restore_scales(Call& c) {
 // gradient of y. Its lanes are the adapter's dimensions, zero beyond the last.
 inline uint32_t* pack_down(Call& c, bool gradient) {
     const FbProduct& p = c.p;
-    const int64_t depth = gradient ? p.out_features : p.in_features, words = words_of(depth, p.dtype);
+    const int64_t depth = gradient ? p.out_features : p.in_features, words = words_of(c.k, depth, p.dtype);
     const int64_t step = panel_words(words, p.dtype), parts = ceil_div(words, step), per = per_word(p.dtype);
     uint32_t* panels = rooms().down.at_least<uint32_t>(c.rank_panels() * words * c.k.lanes);
     if (!c.has(panels)) return nullptr;
@@ -94,7 +94,7 @@ inline uint32_t* pack_down(Call& c, bool gradient) {
         const int64_t from = start * per, values = std::min(count * per, depth - from);
         uint32_t* panel = panels + (task / parts * words + start) * c.k.lanes;
         if (gradient) {
-            narrow_columns_panel(c.k, p.b + from * p.rank + first, p.rank, values, real, p.dtype, panel);
+            narrow_columns_panel(c.k, p.b + from * p.rank + first, p.rank, values, real, p.dtype, count, panel);
             return;
         }
         char* lines = rooms().lines.at_least<char>(LINES_BYTES);
@@ -112,7 +112,7 @@ inline const uint32_t* up_panel(Call& c, int64_t first, bool gradient) {
     uint32_t* panel = rooms().more.at_least<uint32_t>(words * (c.k.lanes + MOST_LANES));
     if (!c.has(panel)) return nullptr;
     if (gradient)
-        narrow_columns_panel(c.k, p.a + first, p.in_features, p.rank, width, p.dtype, panel);
+        narrow_columns_panel(c.k, p.a + first, p.in_features, p.rank, width, p.dtype, words, panel);
     else
         narrow_rows_panel(c.k, p.b + first * p.rank, p.rank, width, p.rank, p.scaling, p.dtype, words,
                           reinterpret_cast<char*>(panel + words * c.k.lanes), 4 * words, panel);
@@ -124,7 +124,7 @@ inline const uint32_t* up_panel(Call& c, int64_t first, bool gradient) {
 template <class Fill>
 void multiply_down(Call& c, const uint32_t* panels, int64_t depth, float scale, void* out, const Fill& fill) {
     const FbProduct& p = c.p;
-    const int64_t words = words_of(depth, p.dtype), step = panel_words(words, p.dtype);
+    const int64_t words = words_of(c.k, depth, p.dtype), step = panel_words(words, p.dtype);
     parallel_for(ceil_div(p.rows, c.k.rows), c.threads, [&](int64_t task) {
         const int64_t first = task * c.k.rows, real = std::min(c.k.rows, p.rows - first);
         uint32_t* tile = rooms().rows.at_least<uint32_t>(words * c.k.rows);
@@ -132,12 +132,13 @@ void multiply_down(Call& c, const uint32_t* panels, int64_t depth, float scale, 
         const Rows rows = fill(first, real);
         if (!rows.data) return;
         pack_tile(c.k, rows, 0, real, c.k.height(real), tile);
-        float sums[MOST_HEIGHT * MOST_LANES], none[MOST_LANES] = {};
+        alignas(64) float sums[MOST_HEIGHT * MOST_LANES];
+        const float none[MOST_LANES] = {};
         for (int64_t panel = 0; panel < c.rank_panels(); ++panel) {
             const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.rank - lane);
             for (int64_t start = 0; start < words; start += step)
-                multiply_tiles(c.k, tile, real, words, start, std::min(step, words - start),
-                               panels + (panel * words + start) * c.k.lanes, start > 0, sums);
+                c.k.multiply(tile, real, words, start, std::min(step, words - start),
+                             panels + (panel * words + start) * c.k.lanes, start > 0, sums);
             for (int64_t r = 0; r < real; ++r) {
                 float* row = sums + r * c.k.lanes;
                 for (int64_t i = 0; i < width; ++i) row[i] *= scale;
@@ -149,7 +150,7 @@ void multiply_down(Call& c, const uint32_t* panels, int64_t depth, float scale, 
 }
 
 inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first, int64_t count, uint32_t* tiles) {
-    const int64_t words = words_of(rows.depth, rows.dtype);
+    const int64_t words = words_of(k, rows.depth, rows.dtype);
     for (int64_t row = 0; row < count; row += k.rows) {
         const int64_t real = std::min(k.rows, count - row);
         pack_tile(k, rows, first + row, real, k.height(real), tiles + row * words);
@@ -160,7 +161,7 @@ inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first,
 // written is slow to read. work(first row, rows, their tiles, the tiles of the same rows of low, panel).
 template <class Work>
 void for_panels(Call& c, const Rows& left, const void* low, int64_t width, const Work& work) {
-    const int64_t words = words_of(left.depth, left.dtype), panels = ceil_div(width, c.k.lanes);
+    const int64_t words = words_of(c.k, left.depth, left.dtype), panels = ceil_div(width, c.k.lanes);
     const int64_t fitting = std::min(MOST_ROWS, std::max(c.k.rows, TILES_BYTES / (4 * words)));
     const int64_t groups = std::max(ceil_div(c.p.rows, fitting), std::min<int64_t>(c.threads, c.p.rows / ENOUGH_ROWS));
     const int64_t each = ceil_div(ceil_div(c.p.rows, std::max<int64_t>(1, groups)), c.k.rows) * c.k.rows;
@@ -185,13 +186,13 @@ void for_panels(Call& c, const Rows& left, const void* low, int64_t width, const
 // sums of rows of `tiles`, `depth` deep, times a panel made piece by piece by make(start, count, panel).
 template <class Make>
 float* multiply_panel(Call& c, const uint32_t* tiles, int64_t rows, int64_t depth, const Make& make) {
-    const int64_t words = words_of(depth, c.p.dtype), step = panel_words(words, c.p.dtype);
+    const int64_t words = words_of(c.k, depth, c.p.dtype), step = panel_words(words, c.p.dtype);
     uint32_t* panel = rooms().panel.at_least<uint32_t>(MOST_WORDS * MOST_LANES);
     float* sums = rooms().sums.at_least<float>((rows + c.k.rows) * c.k.lanes);
     for (int64_t start = 0; start < words; start += step) {
         const int64_t count = std::min(step, words - start);
         make(start, count, panel);
-        multiply_tiles(c.k, tiles, rows, words, start, count, panel, start > 0, sums);
+        c.k.multiply(tiles, rows, words, start, count, panel, start > 0, sums);
     }
     return sums;
 }

@@ -34,12 +34,12 @@ void gradient_of_x(Call& c, const Rows& grad, const void* grad_low, const uint32
         });
         if (const uint32_t* up = p.rank ? up_panel(c, lane, true) : nullptr) {
             if (!bits) {
-                multiply_tiles(c.k, low_tiles, rows, low_words, 0, low_words, up, true, sums);
+                c.k.multiply(low_tiles, rows, low_words, 0, low_words, up, true, sums);
             } else {
-                float more[MOST_HEIGHT * MOST_LANES];
+                alignas(64) float more[MOST_HEIGHT * MOST_LANES];
                 for (int64_t row = 0; row < rows; row += c.k.rows) {
                     const int64_t real = std::min(c.k.rows, rows - row);
-                    multiply_tiles(c.k, low_tiles + row * low_words, real, low_words, 0, low_words, up, false, more);
+                    c.k.multiply(low_tiles + row * low_words, real, low_words, 0, low_words, up, false, more);
                     for (int64_t r = 0; r < real; ++r) {
                         const uint32_t* mask = bits + (first + row + r) * c.mask_words();
                         c.k.add_kept(more + r * c.k.lanes, mask[lane / 32] >> (lane % 32), kept_scale,
@@ -60,20 +60,20 @@ void gradient_of_x(Call& c, const Rows& grad, const void* grad_low, const uint32
 void gradient_of_adapter(Call& c, const void* low, const Rows& right, const uint32_t* bits, float scale,
                          bool transposed, float* out) {
     const FbProduct& p = c.p;
-    const int64_t words = words_of(p.rows, p.dtype), step = panel_words(words, p.dtype), per = per_word(p.dtype);
-    const int64_t tiles_of_rank = ceil_div(p.rank, c.k.rows);
-    // low^T in tiles, each [words][height].
+    const int64_t words = words_of(c.k, p.rows, p.dtype), step = panel_words(words, p.dtype), per = per_word(p.dtype);
+    const int64_t bytes = dtype_bytes(p.dtype), tiles_of_rank = ceil_div(p.rank, c.k.rows);
+    // low^T in tiles.
     uint32_t* tiles = rooms().down.at_least<uint32_t>(tiles_of_rank * c.k.rows * words);
     if (!c.has(tiles)) return;
     parallel_for(tiles_of_rank, c.threads, [&](int64_t tile) {
         const int64_t first = tile * c.k.rows, real = std::min(c.k.rows, p.rank - first), height = c.k.height(real);
-        uint32_t* to = tiles + first * words;
-        std::memset(to, 0, size_t(4 * height * words));
+        char* lines = rooms().rows.at_least<char>(real * p.rows * bytes);
+        if (!c.has(lines)) return;
         for (int64_t m = 0; m < p.rows; ++m)
             for (int64_t r = 0; r < real; ++r)
-                std::memcpy(reinterpret_cast<char*>(to + m / per * height + r) + m % per * dtype_bytes(p.dtype),
-                            static_cast<const char*>(low) + (m * p.rank + first + r) * dtype_bytes(p.dtype),
-                            size_t(dtype_bytes(p.dtype)));
+                std::memcpy(lines + (r * p.rows + m) * bytes,
+                            static_cast<const char*>(low) + (m * p.rank + first + r) * bytes, size_t(bytes));
+        c.k.pack(lines, p.rows * bytes, real, p.rows * bytes, words, height, tiles + first * words);
     });
     parallel_for(ceil_div(right.depth, c.k.lanes), c.threads, [&](int64_t task) {
         const int64_t lane = task * c.k.lanes, width = std::min(c.k.lanes, right.depth - lane);
@@ -83,8 +83,8 @@ void gradient_of_adapter(Call& c, const void* low, const Rows& right, const uint
         for (int64_t start = 0; start < words; start += step) {
             const int64_t count = std::min(step, words - start);
             pack_columns(c.k, right, lane, start * per, std::min(count * per, p.rows - start * per), bits,
-                         c.mask_words(), panel);
-            multiply_tiles(c.k, tiles, p.rank, words, start, count, panel, start > 0, sums);
+                         c.mask_words(), count, panel);
+            c.k.multiply(tiles, p.rank, words, start, count, panel, start > 0, sums);
         }
         for (int64_t r = 0; r < p.rank; ++r)
             for (int64_t i = 0; i < width; ++i)

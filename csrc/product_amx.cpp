@@ -1,0 +1,79 @@
+// The many-row product of bf16 with AMX: a tile of 32 rows by a panel of 32 lanes is four tiles of sums. The words of
+// a tile lie as [words / 16][height][16], each piece a tile of the processor. Subnormal values count as zero.
+#include "amx.h"
+#include "product_bf16.h"
+
+namespace {
+
+constexpr int64_t ROWS = 2 * TILE_ROWS, LANES = 2 * TILE_WORDS;
+
+int64_t height(int64_t rows) { return rows > TILE_ROWS ? ROWS : TILE_ROWS; }
+
+void pack(const char* lines, int64_t stride, int64_t n, int64_t bytes, int64_t words, int64_t height, uint32_t* tile) {
+    for (int64_t w = 0; w < words; w += TILE_WORDS) {
+        const int64_t left = bytes - 4 * w;
+        const __mmask64 inside = left >= TILE_BYTES ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+        for (int64_t r = 0; r < height; ++r, tile += TILE_WORDS)
+            _mm512_storeu_si512(tile, r < n ? _mm512_maskz_loadu_epi8(inside, lines + r * stride + 4 * w)
+                                            : _mm512_setzero_si512());
+    }
+}
+
+template <int HALVES>
+void multiply_tile(const uint32_t* tile, const uint32_t* panel, int64_t count, bool add, float* sums) {
+    constexpr int64_t SUMS_BYTES = LANES * sizeof(float), PANEL_BYTES = LANES * sizeof(uint32_t);
+    float* below = sums + TILE_ROWS * LANES;
+    if (add) {
+        _tile_loadd(0, sums, SUMS_BYTES);
+        _tile_loadd(1, sums + TILE_WORDS, SUMS_BYTES);
+        if (HALVES == 2) {
+            _tile_loadd(2, below, SUMS_BYTES);
+            _tile_loadd(3, below + TILE_WORDS, SUMS_BYTES);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t w = 0; w < count; w += TILE_WORDS) {
+        const uint32_t *rows = tile + HALVES * TILE_ROWS * w, *right = panel + LANES * w;
+        _tile_loadd(6, right, PANEL_BYTES);
+        _tile_loadd(7, right + TILE_WORDS, PANEL_BYTES);
+        _tile_loadd(4, rows, TILE_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (HALVES == 2) {
+            _tile_loadd(5, rows + TILE_ROWS * TILE_WORDS, TILE_BYTES);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, SUMS_BYTES);
+    _tile_stored(1, sums + TILE_WORDS, SUMS_BYTES);
+    if (HALVES == 2) {
+        _tile_stored(2, below, SUMS_BYTES);
+        _tile_stored(3, below + TILE_WORDS, SUMS_BYTES);
+    }
+}
+
+void multiply(const uint32_t* tiles, int64_t rows, int64_t words, int64_t start, int64_t count, const uint32_t* panel,
+              bool add, float* sums) {
+    const Tiles configured;
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        const uint32_t* tile = tiles + row * words;
+        if (rows - row > TILE_ROWS)
+            multiply_tile<2>(tile + ROWS * start, panel, count, add, sums + row * LANES);
+        else
+            multiply_tile<1>(tile + TILE_ROWS * start, panel, count, add, sums + row * LANES);
+    }
+}
+
+}  // namespace
+
+namespace amx {
+
+const ProductKernels product = {ROWS,       LANES,        TILE_WORDS,     height,   transpose_lines, pack, columns,
+                                interleave, avx512::kept, add_kept_lanes, multiply, store_row};
+
+}  // namespace amx
