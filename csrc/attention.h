@@ -79,7 +79,21 @@ struct Attention {
         return least / TILE;
     }
 
-    // s = scale s, and UNSEEN where a query does not see a key.
+    // Whether each of `count` queries sees every key of a tile.
+    static bool all_seen(const AttentionHead& h, int64_t row, int64_t count, int64_t key) {
+        if (key + TILE - 1 > row) return false;
+        for (int64_t i = 0; i < count; ++i)
+            if (h.first[row + i] > key) return false;
+        return true;
+    }
+
+    // s = scale s, and UNSEEN where a query does not see a key. Returns the scale that is left to apply.
+    static float masked(const AttentionHead& h, int64_t row, int64_t count, int64_t key, float* s) {
+        if (h.scale > 0 && all_seen(h, row, count, key)) return h.scale;
+        scale_and_mask(h, row, count, key, s);
+        return 1.0f;
+    }
+
     static void scale_and_mask(const AttentionHead& h, int64_t row, int64_t count, int64_t key, float* s) {
         for (int64_t i = 0; i < count; ++i) {
             float* line = s + i * TILE;
@@ -115,23 +129,17 @@ struct Attention {
         read_rows(h.q, h.dtype, row, count, h.width, at.rows[0]);
         for (int64_t tile = first_tile(h, row, count); tile * TILE < row + count; ++tile) {
             Math::multiply(at.rows[0], TILE, wide, keys + tile * TILE * wide, TILE, at.s, false);
-            scale_and_mask(h, row, count, tile * TILE, at.s);
+            const float scale = masked(h, row, count, tile * TILE, at.s);
+            float highest[TILE], fade[TILE];
+            for (int64_t i = 0; i < count; ++i) highest[i] = std::max(top[i], Math::highest(at.s + i * TILE) * scale);
+            for (int64_t i = count; i < TILE; ++i) highest[i] = top[i];
+            for (int64_t i = 0; i < TILE; ++i) fade[i] = exponential(top[i] - highest[i]);
             for (int64_t i = 0; i < count; ++i) {
-                const float* s = at.s + i * TILE;
-                float lanes[16];
-                for (int lane = 0; lane < 16; ++lane) lanes[lane] = s[lane];
-                for (int64_t j = 16; j < TILE; j += 16)
-                    for (int lane = 0; lane < 16; ++lane) lanes[lane] = std::max(lanes[lane], s[j + lane]);
-                float highest = top[i];
-                for (const float lane : lanes) highest = std::max(highest, lane);
-                if (highest > top[i]) {
-                    const float fade = exponential(top[i] - highest);
-                    sum[i] *= fade;
-                    for (int64_t d = 0; d < wide; ++d) at.acc[i * wide + d] *= fade;
-                    top[i] = highest;
-                }
-                sum[i] += Math::exponentials(s, highest, at.p + i * TILE);
+                if (highest[i] > top[i])
+                    for (int64_t d = 0; d < wide; ++d) at.acc[i * wide + d] *= fade[i];
+                sum[i] = sum[i] * fade[i] + Math::exponentials(at.s + i * TILE, scale, highest[i], at.p + i * TILE);
             }
+            std::copy(highest, highest + TILE, top);
             for (int64_t i = count; i < TILE; ++i) std::memset(at.p + i * TILE, 0, TILE * sizeof(Operand));
             Math::multiply(at.p, TILE, TILE, values + tile * TILE * wide, wide, at.acc, true);
         }
@@ -175,9 +183,9 @@ struct Attention {
                     const int64_t key = tile * TILE;
                     Math::multiply(at.rows[0], TILE, wide, keys_t + key * wide, TILE, at.s, false);
                     Math::multiply(at.rows[1], TILE, wide, values_t + key * wide, TILE, at.dp, false);
-                    scale_and_mask(h, row, count, key, at.s);
+                    const float scale = masked(h, row, count, key, at.s);
                     for (int64_t i = 0; i < count; ++i)
-                        Math::gradients(at.s + i * TILE, at.dp + i * TILE, h.lse[row + i], inner[i], h.scale,
+                        Math::gradients(at.s + i * TILE, scale, at.dp + i * TILE, h.lse[row + i], inner[i], h.scale,
                                         at.p + i * TILE, at.ds + i * TILE);
                     for (int64_t i = count; i < TILE; ++i) {
                         std::memset(at.p + i * TILE, 0, TILE * sizeof(Operand));
@@ -244,11 +252,19 @@ struct Passes {
         }
     }
 
-    // p = exp(s - highest), rounded; returns the fp32 sum.
-    static float exponentials(const float* s, float highest, Operand* p) {
+    static float highest(const float* s) {
+        float lanes[16];
+        for (int lane = 0; lane < 16; ++lane) lanes[lane] = s[lane];
+        for (int64_t j = 16; j < TILE; j += 16)
+            for (int lane = 0; lane < 16; ++lane) lanes[lane] = std::max(lanes[lane], s[j + lane]);
+        return *std::max_element(lanes, lanes + 16);
+    }
+
+    // p = exp(scale s - highest), rounded; returns the fp32 sum.
+    static float exponentials(const float* s, float scale, float highest, Operand* p) {
         float values[TILE], lanes[16] = {};
         for (int64_t j = 0; j < TILE; ++j) {
-            values[j] = s[j] <= UNSEEN ? 0.0f : exponential(s[j] - highest);
+            values[j] = s[j] <= UNSEEN ? 0.0f : exponential(s[j] * scale - highest);
             p[j] = to_operand<Operand>(values[j]);
         }
         for (int64_t j = 0; j < TILE; j += 16)
@@ -258,9 +274,11 @@ struct Passes {
         return sum;
     }
 
-    static void gradients(const float* s, const float* dp, float lse, float inner, float scale, Operand* p, Operand* ds) {
+    // p = exp(score_scale s - lse), ds = scale p (dp - inner)
+    static void gradients(const float* s, float score_scale, const float* dp, float lse, float inner, float scale,
+                          Operand* p, Operand* ds) {
         for (int64_t j = 0; j < TILE; ++j) {
-            const float value = s[j] <= UNSEEN ? 0.0f : exponential(s[j] - lse);
+            const float value = s[j] <= UNSEEN ? 0.0f : exponential(s[j] * score_scale - lse);
             p[j] = to_operand<Operand>(value);
             ds[j] = to_operand<Operand>(value * (dp[j] - inner) * scale);
         }

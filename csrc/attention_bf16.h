@@ -13,10 +13,17 @@ struct Bf16Passes : Passes<uint16_t> {
     using Operand = uint16_t;
 
     static void pack(const uint16_t* rows, int64_t wide, uint16_t* out) {
+        // Element j of the first row, then of the second, whose elements are counted from 32.
+        const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_set1_epi32(0x10001)),
+                                             _mm512_set1_epi32(32 << 16));
         for (int64_t k = 0; k < TILE; k += 2)
-            for (int64_t n = 0; n < wide; ++n, out += 2) {
-                out[0] = rows[k * wide + n];
-                out[1] = rows[(k + 1) * wide + n];
+            for (int64_t n = 0; n < wide; n += 16, out += 32) {
+                const auto half = [&](int64_t row) {
+                    return _mm512_castsi256_si512(
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + row * wide + n)));
+                };
+                _mm512_storeu_si512(out, _mm512_permutex2var_epi16(half(k), low, half(k + 1)));
             }
     }
 
@@ -45,20 +52,28 @@ struct Bf16Passes : Passes<uint16_t> {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
     }
 
-    static float exponentials(const float* s, float highest, uint16_t* p) {
+    static float highest(const float* s) {
+        __m512 most = _mm512_loadu_ps(s);
+        for (int64_t j = 16; j < TILE; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(s + j));
+        return _mm512_reduce_max_ps(most);
+    }
+
+    static float exponentials(const float* s, float scale, float highest, uint16_t* p) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < TILE; j += 16) {
-            const __m512 value = exponential16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(highest)));
+            const __m512 value = exponential16(
+                _mm512_fmsub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(scale), _mm512_set1_ps(highest)));
             sum = _mm512_add_ps(sum, value);
             store(p + j, value);
         }
         return _mm512_reduce_add_ps(sum);
     }
 
-    static void gradients(const float* s, const float* dp, float lse, float inner, float scale, uint16_t* p,
-                          uint16_t* ds) {
+    static void gradients(const float* s, float score_scale, const float* dp, float lse, float inner, float scale,
+                          uint16_t* p, uint16_t* ds) {
         for (int64_t j = 0; j < TILE; j += 16) {
-            const __m512 value = exponential16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(lse)));
+            const __m512 value = exponential16(
+                _mm512_fmsub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(score_scale), _mm512_set1_ps(lse)));
             const __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(dp + j), _mm512_set1_ps(inner));
             store(p + j, value);
             store(ds + j, _mm512_mul_ps(_mm512_mul_ps(value, slope), _mm512_set1_ps(scale)));

@@ -158,7 +158,8 @@ struct AttentionKernels {
 // The many-row product, see product.cpp: tiles of `rows` rows of x by panels of `lanes` columns of the result.
 struct ProductKernels {
     int64_t rows, lanes;
-    int64_t step;  // the words of a tile and of a panel are a multiple of it, zeros beyond the last
+    int64_t tiles_bytes;  // so many of x meet a panel: as many as a core's caches feed fast enough
+    int64_t step;         // the words of a tile and of a panel are a multiple of it, zeros beyond the last
     // How many rows a tile of so many has, zeros included; at most `rows`.
     int64_t (*height)(int64_t rows);
     // out [count][width] of the words of n lines, `stride` bytes apart, and zeros; n <= width <= 32.

@@ -22,7 +22,7 @@ namespace {
 
 // Rows of x that meet a restored panel: so many that restoring takes little of the time where several threads
 // share the rows, and so few that a thread has room for them.
-constexpr int64_t ENOUGH_ROWS = 256, MOST_ROWS = 1008, TILES_BYTES = 4 << 20;
+constexpr int64_t ENOUGH_ROWS = 256, MOST_ROWS = 1008;
 
 inline ProductRooms& rooms() { return product_rooms(); }
 
@@ -162,7 +162,7 @@ inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first,
 template <class Work>
 void for_panels(Call& c, const Rows& left, const void* low, int64_t width, const Work& work) {
     const int64_t words = words_of(c.k, left.depth, left.dtype), panels = ceil_div(width, c.k.lanes);
-    const int64_t fitting = std::min(MOST_ROWS, std::max(c.k.rows, TILES_BYTES / (4 * words)));
+    const int64_t fitting = std::min(MOST_ROWS, std::max(c.k.rows, c.k.tiles_bytes / (4 * words)));
     const int64_t groups = std::max(ceil_div(c.p.rows, fitting), std::min<int64_t>(c.threads, c.p.rows / ENOUGH_ROWS));
     const int64_t each = ceil_div(ceil_div(c.p.rows, std::max<int64_t>(1, groups)), c.k.rows) * c.k.rows;
     parallel_for(ceil_div(c.p.rows, each) * panels, c.threads, [&](int64_t task) {

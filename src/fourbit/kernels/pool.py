@@ -5,7 +5,7 @@ one of its size was freed, and a training step with checkpointing left holes lar
 (docs/log.md). Steps ask for the same sizes again and again, so results of some size live in blocks that are
 mapped from the system, kept when they are free, and given out again. Blocks come in few sizes, four to a
 power of two; what is not written of one takes no memory. Where none is free, free ones of other sizes go back
-to the system first.
+to the system first, as far as the pool would otherwise hold more than what results ever needed at one time.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.mapped = 0
+        self._in_use = self._most_in_use = 0  # bytes
         self._lock = Lock()
         self._free: OrderedDict[int, Any] = OrderedDict()  # by number, the longest free first
         self._by_size: dict[int, list[int]] = {}  # their numbers
@@ -80,24 +81,34 @@ class Pool:
         """Give what is free back to the system."""
         with self._lock:
             self._collect()
+            self._most_in_use = self._in_use
             self._unmap(self.mapped)
 
     def _take(self, size: int, most: int) -> Any:
         self._collect()
-        other = size
-        while other <= most * size:  # smaller results of a short batch take the places of a long one's
-            if numbers := self._by_size.get(other):
-                return self._free.pop(numbers.pop())
-            other = rounded_size(other // _PAGE + 1) * _PAGE
-        self._unmap(size)
-        block = self._map(size)
-        self.mapped += size
+        block = self._free_block(size, most)
+        self._in_use += size if block is None else len(block)
+        self._most_in_use = max(self._most_in_use, self._in_use)
+        if block is None:
+            self._unmap(self.mapped + size - self._most_in_use)
+            block = self._map(size)
+            self.mapped += size
         return block
+
+    def _free_block(self, size: int, most: int) -> Any:
+        """The smallest free one of `size` to `most` times as much: a short batch takes the places of a long one's."""
+        bound = most * size
+        while size <= bound:
+            if numbers := self._by_size.get(size):
+                return self._free.pop(numbers.pop())
+            size = rounded_size(size // _PAGE + 1) * _PAGE
+        return None
 
     def _collect(self) -> None:
         while self._returned:
             block = self._returned.popleft()
             self._free[self._numbers] = block
+            self._in_use -= len(block)
             self._by_size.setdefault(len(block), []).append(self._numbers)
             self._numbers += 1
 
