@@ -16,6 +16,7 @@
 
 #include "exponential.h"
 #include "kernels.h"
+#include "lanes.h"
 
 namespace {
 
@@ -145,10 +146,10 @@ struct Attention {
         }
         for (int64_t i = 0; i < count; ++i) {
             const float share = 1.0f / sum[i];
-            char* out = static_cast<char*>(h.o.data) + (row + i) * h.o.row_bytes;
-            for (int64_t d = 0; d < h.width; ++d) store_value(out, h.dtype, d, at.acc[i * wide + d] * share);
+            for (int64_t d = 0; d < h.width; ++d) at.acc[i * wide + d] *= share;
             h.lse[row + i] = top[i] + std::log(sum[i]);
         }
+        write_rows(at.acc, wide, h.o, h.dtype, row, count, h.width);
     }
 
     // All of one key-value head: dK, dV and the dQ of its `group` query heads, heads[0] to heads[group - 1].
@@ -221,16 +222,19 @@ struct Attention {
     static float row_product(const AttentionHead& h, int64_t row) {
         const char* grad = static_cast<const char*>(h.grad.data) + row * h.grad.row_bytes;
         const char* out = static_cast<const char*>(h.o.data) + row * h.o.row_bytes;
-        float sum = 0;
-        for (int64_t d = 0; d < h.width; ++d) sum += load_value(grad, h.dtype, d) * load_value(out, h.dtype, d);
-        return sum;
+        return with_dtype(h.dtype, [&](auto dtype) {
+            return lane_sum(h.width, [&](int64_t d) { return load_as<dtype>(grad, d) * load_as<dtype>(out, d); });
+        });
     }
 
     static void write_rows(const float* from, int64_t wide, const AttentionTensor& to, int dtype, int64_t row,
                            int64_t count, int64_t width) {
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t d = 0; d < width; ++d)
-                store_value(static_cast<char*>(to.data) + (row + i) * to.row_bytes, dtype, d, from[i * wide + d]);
+        with_dtype(dtype, [&](auto known) {
+            for (int64_t i = 0; i < count; ++i) {
+                char* out = static_cast<char*>(to.data) + (row + i) * to.row_bytes;
+                for (int64_t d = 0; d < width; ++d) store_as<known>(out, d, from[i * wide + d]);
+            }
+        });
     }
 };
 
