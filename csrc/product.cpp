@@ -26,10 +26,11 @@ void add_adapter(Call& c) {
     const int64_t words = c.low_words();
     parallel_for(ceil_div(p.out_features, c.k.lanes), c.threads, [&](int64_t task) {
         const int64_t lane = task * c.k.lanes, width = std::min(c.k.lanes, p.out_features - lane);
-        const uint32_t* panel = up_panel(c, lane, false);
+        uint32_t* panel = panel_room(words);
         uint32_t* tile = rooms().tiles.at_least<uint32_t>(words * c.k.rows);
         rooms().call = 0;
-        if (!panel || !c.has(tile)) return;
+        if (!c.has(panel) || !c.has(tile)) return;
+        up_panel(c, lane, false, panel);
         for (int64_t row = 0; row < p.rows; row += c.k.rows) {
             const int64_t real = std::min(c.k.rows, p.rows - row);
             alignas(64) float sums[MOST_HEIGHT * MOST_LANES];
@@ -68,15 +69,15 @@ void forward(Call& c) {
     }
     restore_scales(c);
     if (!c.enough.load(std::memory_order_relaxed)) return;
-    for_panels(c, x, p.low, p.out_features, [&](int64_t first, int64_t rows, const uint32_t* tiles,
-                                               const uint32_t* low_tiles, int64_t panel) {
+    for_panels(c, x, p.low, p.out_features, [&](int64_t first, int64_t rows, const uint32_t* tiles, int64_t panel) {
         const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.out_features - lane);
         char* lines = rooms().lines.at_least<char>(LINES_BYTES);
-        float* sums = multiply_panel(c, tiles, rows, p.in_features, [&](int64_t start, int64_t count, uint32_t* to) {
-            c.weight.rows_panel(c.k, lane, start, count, lines, to);
-        });
-        const uint32_t* up = p.rank ? up_panel(c, lane, false) : nullptr;
-        if (up) c.k.multiply(low_tiles, rows, c.low_words(), 0, c.low_words(), up, true, sums);
+        float* sums = multiply_panel(
+            c, tiles, rows, p.in_features,
+            [&](int64_t start, int64_t count, uint32_t* to) {
+                c.weight.rows_panel(c.k, lane, start, count, lines, to);
+            },
+            p.rank > 0, [&](uint32_t* to) { up_panel(c, lane, false, to); });
         float bias[MOST_LANES] = {};
         for (int64_t i = 0; p.bias && i < width; ++i) bias[i] = load_value(p.bias, p.dtype, lane + i);
         char* y = static_cast<char*>(p.y);

@@ -106,17 +106,15 @@ inline uint32_t* pack_down(Call& c, bool gradient) {
 }
 
 // The adapter's other matrix as a panel [low words][lanes]: rows first .. of scaling B, or columns first .. of A.
-inline const uint32_t* up_panel(Call& c, int64_t first, bool gradient) {
+inline void up_panel(Call& c, int64_t first, bool gradient, uint32_t* panel) {
     const FbProduct& p = c.p;
     const int64_t words = c.low_words(), width = std::min(c.k.lanes, (gradient ? p.in_features : p.out_features) - first);
-    uint32_t* panel = rooms().more.at_least<uint32_t>(words * (c.k.lanes + MOST_LANES));
-    if (!c.has(panel)) return nullptr;
-    if (gradient)
+    if (gradient) {
         narrow_columns_panel(c.k, p.a + first, p.in_features, p.rank, width, p.dtype, words, panel);
-    else
-        narrow_rows_panel(c.k, p.b + first * p.rank, p.rank, width, p.rank, p.scaling, p.dtype, words,
-                          reinterpret_cast<char*>(panel + words * c.k.lanes), 4 * words, panel);
-    return panel;
+    } else if (char* lines = rooms().more.at_least<char>(4 * words * MOST_LANES); c.has(lines)) {
+        narrow_rows_panel(c.k, p.b + first * p.rank, p.rank, width, p.rank, p.scaling, p.dtype, words, lines, 4 * words,
+                          panel);
+    }
 }
 
 // out [M,r] = rows times the panels of `pack_down` times scale, a tile of rows at a time; `fill(first, real)` gives
@@ -149,50 +147,62 @@ void multiply_down(Call& c, const uint32_t* panels, int64_t depth, float scale, 
     });
 }
 
-inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first, int64_t count, uint32_t* tiles) {
-    const int64_t words = words_of(k, rows.depth, rows.dtype);
+// For the words of a piece of depth and so many more.
+inline uint32_t* panel_room(int64_t more) {
+    return rooms().panel.at_least<uint32_t>((MOST_WORDS + more) * MOST_LANES);
+}
+
+// Tiles of `words` words, filled from word `start` on.
+inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first, int64_t count, int64_t words,
+                       int64_t start, uint32_t* tiles) {
     for (int64_t row = 0; row < count; row += k.rows) {
-        const int64_t real = std::min(k.rows, count - row);
-        pack_tile(k, rows, first + row, real, k.height(real), tiles + row * words);
+        const int64_t real = std::min(k.rows, count - row), height = k.height(real);
+        pack_tile(k, rows, first + row, real, height, tiles + row * words + start * height);
     }
 }
 
 // Tasks of row groups times panels. Each thread packs the rows that it multiplies: what another core has just
-// written is slow to read. work(first row, rows, their tiles, the tiles of the same rows of low, panel).
+// written is slow to read. work(first row, rows, their tiles, panel); a tile's last words are those of low.
 template <class Work>
 void for_panels(Call& c, const Rows& left, const void* low, int64_t width, const Work& work) {
-    const int64_t words = words_of(c.k, left.depth, left.dtype), panels = ceil_div(width, c.k.lanes);
+    const int64_t deep = words_of(c.k, left.depth, left.dtype), words = deep + c.low_words();
+    const int64_t panels = ceil_div(width, c.k.lanes);
     const int64_t fitting = std::min(MOST_ROWS, std::max(c.k.rows, c.k.tiles_bytes / (4 * words)));
     const int64_t groups = std::max(ceil_div(c.p.rows, fitting), std::min<int64_t>(c.threads, c.p.rows / ENOUGH_ROWS));
     const int64_t each = ceil_div(ceil_div(c.p.rows, std::max<int64_t>(1, groups)), c.k.rows) * c.k.rows;
     parallel_for(ceil_div(c.p.rows, each) * panels, c.threads, [&](int64_t task) {
         const int64_t first = task / panels * each, rows = std::min(each, c.p.rows - first);
         const int64_t all_rows = ceil_div(rows, c.k.rows) * c.k.rows;
-        uint32_t* tiles = rooms().tiles.at_least<uint32_t>(all_rows * (words + c.low_words()));
-        uint32_t* low_tiles = tiles + all_rows * words;
-        const bool room = c.has(tiles) && c.has(rooms().panel.at_least<uint32_t>(MOST_WORDS * MOST_LANES)) &&
+        uint32_t* tiles = rooms().tiles.at_least<uint32_t>(all_rows * words);
+        const bool room = c.has(tiles) && c.has(panel_room(c.low_words())) &&
                           c.has(rooms().lines.at_least<char>(LINES_BYTES)) &&
                           c.has(rooms().sums.at_least<float>((rows + c.k.rows) * c.k.lanes));
         if (!room) return;
         if (rooms().call != c.number || rooms().first != first) {
-            pack_tiles(c.k, left, first, rows, tiles);
-            if (c.p.rank) pack_tiles(c.k, Rows{low, c.p.rank, c.p.dtype}, first, rows, low_tiles);
+            pack_tiles(c.k, left, first, rows, words, 0, tiles);
+            if (c.p.rank) pack_tiles(c.k, Rows{low, c.p.rank, c.p.dtype}, first, rows, words, deep, tiles);
             rooms().call = c.number, rooms().first = first;
         }
-        work(first, rows, tiles, low_tiles, task % panels);
+        work(first, rows, tiles, task % panels);
     });
 }
 
-// sums of rows of `tiles`, `depth` deep, times a panel made piece by piece by make(start, count, panel).
-template <class Make>
-float* multiply_panel(Call& c, const uint32_t* tiles, int64_t rows, int64_t depth, const Make& make) {
-    const int64_t words = words_of(c.k, depth, c.p.dtype), step = panel_words(words, c.p.dtype);
-    uint32_t* panel = rooms().panel.at_least<uint32_t>(MOST_WORDS * MOST_LANES);
+// sums of rows of `tiles`, `depth` deep, times a panel made piece by piece by make(start, count, panel). The words of
+// low, by those that up(panel) makes, are a few more of the last piece; without `lows` they are left out.
+template <class Make, class Up>
+float* multiply_panel(Call& c, const uint32_t* tiles, int64_t rows, int64_t depth, const Make& make, bool lows,
+                      const Up& up) {
+    const int64_t words = words_of(c.k, depth, c.p.dtype), step = panel_words(words, c.p.dtype), low = c.low_words();
+    uint32_t* panel = panel_room(low);
     float* sums = rooms().sums.at_least<float>((rows + c.k.rows) * c.k.lanes);
     for (int64_t start = 0; start < words; start += step) {
-        const int64_t count = std::min(step, words - start);
+        int64_t count = std::min(step, words - start);
         make(start, count, panel);
-        c.k.multiply(tiles, rows, words, start, count, panel, start > 0, sums);
+        if (lows && start + count == words) {
+            up(panel + count * c.k.lanes);
+            count += low;
+        }
+        c.k.multiply(tiles, rows, words + low, start, count, panel, start > 0, sums);
     }
     return sums;
 }

@@ -25,26 +25,25 @@ const void* gradient_of_low(Call& c, const Rows& grad) {
 
 void gradient_of_x(Call& c, const Rows& grad, const void* grad_low, const uint32_t* bits, float kept_scale) {
     const FbProduct& p = c.p;
-    const int64_t low_words = c.low_words();
-    for_panels(c, grad, grad_low, p.in_features, [&](int64_t first, int64_t rows, const uint32_t* tiles,
-                                                     const uint32_t* low_tiles, int64_t panel) {
+    const int64_t low = c.low_words(), deep = words_of(c.k, p.out_features, p.dtype);
+    for_panels(c, grad, grad_low, p.in_features, [&](int64_t first, int64_t rows, const uint32_t* tiles, int64_t panel) {
         const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.in_features - lane);
-        float* sums = multiply_panel(c, tiles, rows, p.out_features, [&](int64_t start, int64_t count, uint32_t* to) {
-            c.weight.columns_panel(c.k, lane, start, count, to);
-        });
-        if (const uint32_t* up = p.rank ? up_panel(c, lane, true) : nullptr) {
-            if (!bits) {
-                c.k.multiply(low_tiles, rows, low_words, 0, low_words, up, true, sums);
-            } else {
-                alignas(64) float more[MOST_HEIGHT * MOST_LANES];
-                for (int64_t row = 0; row < rows; row += c.k.rows) {
-                    const int64_t real = std::min(c.k.rows, rows - row);
-                    c.k.multiply(low_tiles + row * low_words, real, low_words, 0, low_words, up, false, more);
-                    for (int64_t r = 0; r < real; ++r) {
-                        const uint32_t* mask = bits + (first + row + r) * c.mask_words();
-                        c.k.add_kept(more + r * c.k.lanes, mask[lane / 32] >> (lane % 32), kept_scale,
-                                     sums + (row + r) * c.k.lanes);
-                    }
+        const auto up = [&](uint32_t* to) { up_panel(c, lane, true, to); };
+        float* sums = multiply_panel(
+            c, tiles, rows, p.out_features,
+            [&](int64_t start, int64_t count, uint32_t* to) { c.weight.columns_panel(c.k, lane, start, count, to); },
+            p.rank > 0 && !bits, up);
+        if (bits) {
+            alignas(64) float more[MOST_HEIGHT * MOST_LANES];
+            uint32_t* right = panel_room(low);
+            up(right);
+            for (int64_t row = 0; row < rows; row += c.k.rows) {
+                const int64_t real = std::min(c.k.rows, rows - row);
+                c.k.multiply(tiles + row * (deep + low), real, deep + low, deep, low, right, false, more);
+                for (int64_t r = 0; r < real; ++r) {
+                    const uint32_t* mask = bits + (first + row + r) * c.mask_words();
+                    c.k.add_kept(more + r * c.k.lanes, mask[lane / 32] >> (lane % 32), kept_scale,
+                                 sums + (row + r) * c.k.lanes);
                 }
             }
         }

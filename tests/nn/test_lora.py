@@ -128,7 +128,8 @@ def test_the_fused_forward_is_peft_s_own(base: torch.nn.Module, monkeypatch: pyt
     torch.testing.assert_close(fused.logits, plain.logits, rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+            error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 1e-5, f"{name}: {error:.2e}"
 
 
 def test_every_adapter_gets_a_gradient_and_the_base_none(base: torch.nn.Module) -> None:
