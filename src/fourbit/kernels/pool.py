@@ -96,7 +96,7 @@ class Pool:
         return block
 
     def _free_block(self, size: int, most: int) -> Any:
-        """The smallest free one of up to `most` times the size: short batches take the places of long ones."""
+        """The smallest free one of up to `most` times the size: short batches take the places of long."""
         bound = most * size
         while size <= bound:
             if numbers := self._by_size.get(size):
