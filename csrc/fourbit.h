@@ -55,8 +55,8 @@ FB_API int fb_dequantize_absmax(const uint8_t* codes8, const float* nested_absma
                                 const float* map, int64_t b, float* absmax, int threads);
 
 // y[M,N] = x[M,K] @ dequantized[N,K]^T + bias[N], accumulated in fp32 and rounded once to `dtype`; x, y and
-// bias (or null) share it. The weights are fp32; the instruction set avx512bf16 rounds them to bf16 where x
-// is bf16, as restoring to bf16 does. Made for few rows. A row of y does not depend on M.
+// bias (or null) share it. The weights are fp32; the instruction sets avx512bf16 and amx round them to bf16
+// where x is bf16, as restoring to bf16 does. Made for few rows. A row of y does not depend on M.
 FB_API int fb_linear_4bit(const void* x, int dtype, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
                           const void* absmax, const float* nested_absmax, const float* offset,
                           const float* map, int64_t block_size, const float* codebook, const void* bias,

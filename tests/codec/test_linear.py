@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fourbit import functional as F4
 from fourbit.errors import QuantizationError
+from fourbit.kernels.product import FEW_ROWS, FEW_ROWS_AMX
 from fourbit.nn.linear import Linear4bit
-from fourbit.ops.linear import FEW_ROWS
 from fourbit.ops.workspace import workspace
 from fourbit.tensor import QuantizedTensor
 
@@ -33,7 +33,7 @@ def worst(got: Tensor, truth: Tensor) -> float:
     return ((got.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 50])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS_AMX, FEW_ROWS_AMX + 1, FEW_ROWS, FEW_ROWS + 1, 50])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_product_is_as_exact_as_torchs(
@@ -57,7 +57,7 @@ def test_few_and_many_rows_agree(implementation: str, dtype: torch.dtype) -> Non
     for in_features, out_features in SHAPES:
         q, x = weight(out_features, in_features), torch.randn(2 * FEW_ROWS, in_features).to(dtype)
         many = F4.linear_4bit(x, q)
-        few = torch.cat([F4.linear_4bit(part, q) for part in x.split(FEW_ROWS)])
+        few = torch.cat([F4.linear_4bit(part, q) for part in x.split(FEW_ROWS_AMX)])
         # Relative to the sum of magnitudes: weights and results are rounded once, and sums of K products
         # in fp32 drift by the square root of K roundings (Higham and Mary, 2019).
         drift = 2 * torch.finfo(dtype).eps + 2 * in_features**0.5 * torch.finfo(torch.float32).eps

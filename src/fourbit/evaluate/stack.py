@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fourbit.errors import ModelError
 from fourbit.evaluate.cache import RoomyLayer
 from fourbit.kernels.decode import Decoder, Layer, Linear, Shape
-from fourbit.kernels.product import Adapter
+from fourbit.kernels.product import Adapter, few_rows
 from fourbit.nn.decoder import layer_list
 from fourbit.nn.fused import gated_kind
 from fourbit.nn.linear import Linear4bit
@@ -27,7 +27,7 @@ from fourbit.nn.loss import split_model
 from fourbit.nn.norm import norm_added, norm_eps
 from fourbit.nn.replaced import runs_own_code
 from fourbit.ops.library import runs_native
-from fourbit.ops.linear import FEW_ROWS, multiplies_panels
+from fourbit.ops.linear import multiplies_panels
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -73,9 +73,8 @@ class Stack:
         weights = sum(
             weight.weight.out_features * weight.weight.in_features for weight in (layers[0].q, layers[0].up)
         )
-        self.most_rows = (
-            1 << 30 if multiplies_panels(torch.empty(1, 1, dtype=self.dtype), weights) else FEW_ROWS
-        )
+        few = few_rows(self.dtype)
+        self.most_rows = 1 << 30 if multiplies_panels(torch.empty(1, 1, dtype=self.dtype), weights) else few
         eps = self._eps.pop()
         assert eps is not None
         self._native = Decoder(
@@ -88,7 +87,7 @@ class Stack:
                 eps=eps,
                 scale=float(attention.scaling),
                 activation=self._once(gated_kind, modules[0].mlp),
-                few_rows=FEW_ROWS,
+                few_rows=few,
                 dtype=self.dtype,
             ),
             layers,

@@ -17,6 +17,10 @@ from fourbit.codebooks import dynamic_map
 from fourbit.kernels import native
 from fourbit.kernels.pool import POOL
 
+FEW_ROWS = 16
+#: A tile has 16 rows, however few there are; eight take as long with the codes (docs/log.md).
+FEW_ROWS_AMX = 7
+
 
 class Product(ctypes.Structure):
     """FbProduct of csrc/fourbit.h."""
@@ -81,6 +85,11 @@ class Adapter:
 def has_product(dtype: torch.dtype) -> bool:
     """Whether the instruction set in use has this product for this dtype."""
     return bool(native.library().fb_has_product(native.DTYPES[dtype]))
+
+
+def few_rows(dtype: torch.dtype) -> int:
+    """Up to so many rows are multiplied faster with the packed codes as they lie (`codec.linear_4bit`)."""
+    return FEW_ROWS_AMX if dtype == torch.bfloat16 and native.isa() == "amx" else FEW_ROWS
 
 
 def product(

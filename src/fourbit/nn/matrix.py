@@ -15,7 +15,7 @@ from fourbit.codebooks import codebook as builtin_codebook
 from fourbit.functional import dequantize_4bit, linear_4bit
 from fourbit.kernels import product as native
 from fourbit.memory.tracker import has_values
-from fourbit.ops.linear import FEW_ROWS, multiplies_panels
+from fourbit.ops.linear import multiplies_panels
 from fourbit.tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 
@@ -104,7 +104,9 @@ class PackedMatrix:
         if not has_values(x):
             return x.new_empty(len(x), self.out_features), x.new_empty(len(x), len(adapter.a))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y, low = native.product(x.contiguous(), self.packed(), bias, adapter, few=len(x) <= FEW_ROWS)
+        y, low = native.product(
+            x.contiguous(), self.packed(), bias, adapter, few=len(x) <= native.few_rows(x.dtype)
+        )
         assert low is not None
         return y, low
 

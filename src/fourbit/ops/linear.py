@@ -17,15 +17,13 @@ from torch import Tensor
 
 from fourbit.errors import QuantizationError
 from fourbit.kernels import codec as native_codec
-from fourbit.kernels.product import Packed, has_product, product_grad
+from fourbit.kernels.product import Packed, few_rows, has_product, product_grad
 from fourbit.kernels.product import product as native_product
 from fourbit.ops.codec import check_float, check_parts, restored
 from fourbit.ops.library import LIBRARY, define, runs_native, runs_triton
 from fourbit.shapes import with_rounded_rows
 
-#: Up to this many rows, native code multiplies with the packed weight.
-FEW_ROWS = 16
-#: Up to this many, Triton's kernels do.
+#: Up to this many rows, Triton's kernels multiply with the packed weight.
 FEW_ROWS_GPU = 64
 
 _PRODUCTS = (torch.float32, torch.bfloat16)
@@ -77,7 +75,7 @@ def _linear(
     _check(x, codes, absmax, nested, offset, block_size, out_features, bias)
     in_features = x.shape[-1]
     rows = x.reshape(x.shape[:-1].numel(), in_features)
-    if 0 < rows.shape[0] <= FEW_ROWS and runs_native(x):
+    if runs_native(x) and 0 < rows.shape[0] <= few_rows(x.dtype):
         y = native_codec.linear_4bit(
             rows.contiguous(), codes, absmax, nested, offset, codebook, block_size, out_features, bias
         )
