@@ -127,8 +127,8 @@ def linear_4bit(
     """Multiply the contiguous x [M, K], few rows, by the packed weight [out_features, K] transposed.
 
     Returns x's dtype [M, out_features]; bias has x's dtype too. Sums are fp32 and rounded once, at the
-    end; so are weights, but bf16 for bf16 inputs with avx512bf16 and amx. A row of the result does not depend on
-    the other rows.
+    end; so are weights, but bf16 for bf16 inputs with avx512bf16 and amx. A row of the result does not depend
+    on the other rows.
     """
     codes, absmax = codes.contiguous(), absmax.contiguous()
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device="cpu")
