@@ -59,6 +59,23 @@ def test_other_sizes_take_the_place_of_free_ones() -> None:
     assert pool.mapped == 0
 
 
+def test_blocks_of_several_sizes_stay_up_to_what_was_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger results and then smaller ones that stay, again and again: as layers are recomputed."""
+    pool, sizes = Pool(), []
+    take = Pool._map
+    monkeypatch.setattr(Pool, "_map", lambda self, size: sizes.append(size) or take(self, size))
+
+    def results(count: int, size: int) -> list[torch.Tensor]:
+        return [pool.empty((size,), torch.uint8, stays=True) for _ in range(count)]
+
+    results(20, 5 << 19)  # 50 MB, dropped at once
+    for _ in range(6):
+        results(4, 6 << 20)
+        results(10, 5 << 19)
+    assert sum(sizes) == 20 * (5 << 19) + 4 * (6 << 20)  # each once, of 344 MB that were asked for
+    assert pool.mapped <= 50 << 20
+
+
 def test_mapped_is_no_more_than_was_in_use_by_much() -> None:
     pool, source, live, most = Pool(), random.Random(0), [], 0
     for step in range(3000):
