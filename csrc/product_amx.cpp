@@ -23,40 +23,11 @@ void pack(const char* lines, int64_t stride, int64_t n, int64_t bytes, int64_t w
 
 template <int HALVES>
 void multiply_tile(const uint32_t* tile, const uint32_t* panel, int64_t count, bool add, float* sums) {
-    constexpr int64_t SUMS_BYTES = LANES * sizeof(float), PANEL_BYTES = LANES * sizeof(uint32_t);
-    float* below = sums + TILE_ROWS * LANES;
-    if (add) {
-        _tile_loadd(0, sums, SUMS_BYTES);
-        _tile_loadd(1, sums + TILE_WORDS, SUMS_BYTES);
-        if (HALVES == 2) {
-            _tile_loadd(2, below, SUMS_BYTES);
-            _tile_loadd(3, below + TILE_WORDS, SUMS_BYTES);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t w = 0; w < count; w += TILE_WORDS) {
-        const uint32_t *rows = tile + HALVES * TILE_ROWS * w, *right = panel + LANES * w;
-        _tile_loadd(6, right, PANEL_BYTES);
-        _tile_loadd(7, right + TILE_WORDS, PANEL_BYTES);
-        _tile_loadd(4, rows, TILE_BYTES);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (HALVES == 2) {
-            _tile_loadd(5, rows + TILE_ROWS * TILE_WORDS, TILE_BYTES);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, sums, SUMS_BYTES);
-    _tile_stored(1, sums + TILE_WORDS, SUMS_BYTES);
-    if (HALVES == 2) {
-        _tile_stored(2, below, SUMS_BYTES);
-        _tile_stored(3, below + TILE_WORDS, SUMS_BYTES);
-    }
+    constexpr int64_t STRIDE = LANES * sizeof(float);
+    read_sums<HALVES>(sums, STRIDE, add);
+    for (int64_t w = 0; w < count; w += TILE_WORDS)
+        add_product<HALVES>(tile + HALVES * TILE_ROWS * w, TILE_BYTES, panel + LANES * w, STRIDE);
+    write_sums<HALVES>(sums, STRIDE);
 }
 
 void multiply(const uint32_t* tiles, int64_t rows, int64_t words, int64_t start, int64_t count, const uint32_t* panel,
