@@ -1,5 +1,5 @@
 // AMX: eight tiles of 16 rows of 64 bytes; tdpbf16ps adds to a tile of fp32 the product of two tiles of bf16, the
-// right one packed by pairs of rows (Intel SDM, volume 1, chapter 19).
+// right one packed by pairs of rows (Intel SDM, volume 1, "Programming with Intel AMX").
 #pragma once
 
 #include <immintrin.h>

@@ -88,13 +88,14 @@ struct Attention {
         return true;
     }
 
-    // s = scale s, and UNSEEN where a query does not see a key. Returns the scale that is left to apply.
+    // Leaves s to be scaled by what is returned, masked where not every key is seen.
     static float masked(const AttentionHead& h, int64_t row, int64_t count, int64_t key, float* s) {
         if (h.scale > 0 && all_seen(h, row, count, key)) return h.scale;
         scale_and_mask(h, row, count, key, s);
         return 1.0f;
     }
 
+    // s = scale s, and UNSEEN where a query does not see a key.
     static void scale_and_mask(const AttentionHead& h, int64_t row, int64_t count, int64_t key, float* s) {
         for (int64_t i = 0; i < count; ++i) {
             float* line = s + i * TILE;
@@ -235,107 +236,6 @@ struct Attention {
                 for (int64_t d = 0; d < width; ++d) store_as<known>(out, d, from[i * wide + d]);
             }
         });
-    }
-};
-
-// The passes over scores, for operands that are fp32 (`Operand` float) or bf16 (uint16_t).
-template <class Operand>
-inline Operand to_operand(float value) {
-    if constexpr (sizeof(Operand) == 4) return value;
-    const uint32_t bits = bits_of(value);  // finite
-    return Operand((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-template <class Operand>
-struct Passes {
-    static void convert(const void* source, int dtype, int64_t n, Operand* out) {
-        if (sizeof(Operand) == 2 && dtype == BF16) {
-            std::memcpy(out, source, size_t(n) * 2);
-        } else {
-            for (int64_t i = 0; i < n; ++i) out[i] = to_operand<Operand>(load_value(source, dtype, i));
-        }
-    }
-
-    static float highest(const float* s) {
-        float lanes[16];
-        for (int lane = 0; lane < 16; ++lane) lanes[lane] = s[lane];
-        for (int64_t j = 16; j < TILE; j += 16)
-            for (int lane = 0; lane < 16; ++lane) lanes[lane] = std::max(lanes[lane], s[j + lane]);
-        return *std::max_element(lanes, lanes + 16);
-    }
-
-    // p = exp(scale s - highest), rounded; returns the fp32 sum.
-    static float exponentials(const float* s, float scale, float highest, Operand* p) {
-        float values[TILE], lanes[16] = {};
-        for (int64_t j = 0; j < TILE; ++j) {
-            values[j] = s[j] <= UNSEEN ? 0.0f : exponential(s[j] * scale - highest);
-            p[j] = to_operand<Operand>(values[j]);
-        }
-        for (int64_t j = 0; j < TILE; j += 16)
-            for (int lane = 0; lane < 16; ++lane) lanes[lane] += values[j + lane];
-        float sum = 0;
-        for (const float lane : lanes) sum += lane;
-        return sum;
-    }
-
-    // p = exp(score_scale s - lse), ds = scale p (dp - inner)
-    static void gradients(const float* s, float score_scale, const float* dp, float lse, float inner, float scale,
-                          Operand* p, Operand* ds) {
-        for (int64_t j = 0; j < TILE; ++j) {
-            const float value = s[j] <= UNSEEN ? 0.0f : exponential(s[j] * score_scale - lse);
-            p[j] = to_operand<Operand>(value);
-            ds[j] = to_operand<Operand>(value * (dp[j] - inner) * scale);
-        }
-    }
-};
-
-struct OneScope {
-    struct Scope {};
-};
-
-// fp32 operands in vectors V. B is packed as it lies: [k, n].
-template <class V>
-struct WideMath : Passes<float>, OneScope {
-    using Operand = float;
-    static constexpr int64_t WIDTH_STEP = 16;
-
-    static void pack(const float* rows, int64_t wide, float* out) {
-        std::memcpy(out, rows, size_t(TILE * wide) * sizeof(float));
-    }
-
-    // rows [TILE, wide] to [wide, TILE]
-    static void pack_transposed(const float* rows, int64_t wide, float* out) {
-        for (int64_t d = 0; d < wide; ++d)
-            for (int64_t i = 0; i < TILE; ++i) out[d * TILE + i] = rows[i * wide + d];
-    }
-
-    // c [m, n] (+)= a [m, k] b [k, n]; m and n are multiples of 16.
-    static void multiply(const float* a, int64_t m, int64_t k, const float* b, int64_t n, float* c, bool add) {
-        int64_t j = 0;
-        for (; j + V::COLUMNS <= n; j += V::COLUMNS) columns<V::VECTORS>(a, m, k, b + j, n, c + j, add);
-        for (; j < n; j += 16) columns<16 / V::WIDTH>(a, m, k, b + j, n, c + j, add);
-    }
-
-    template <int VECTORS>
-    static void columns(const float* a, int64_t m, int64_t k, const float* b, int64_t n, float* c, bool add) {
-        constexpr int ROWS = V::ROWS;
-        static_assert(16 % ROWS == 0, "sixteen rows are cut into whole registers");
-        for (int64_t i = 0; i < m; i += ROWS) {
-            typename V::Vector sums[ROWS][VECTORS];
-            for (int r = 0; r < ROWS; ++r)
-                for (int v = 0; v < VECTORS; ++v)
-                    sums[r][v] = add ? V::load(c + (i + r) * n + v * V::WIDTH) : V::zero();
-            for (int64_t kk = 0; kk < k; ++kk) {
-                typename V::Vector line[VECTORS];
-                for (int v = 0; v < VECTORS; ++v) line[v] = V::load(b + kk * n + v * V::WIDTH);
-                for (int r = 0; r < ROWS; ++r) {
-                    const typename V::Vector x = V::broadcast(a + (i + r) * k + kk);
-                    for (int v = 0; v < VECTORS; ++v) sums[r][v] = V::fma(x, line[v], sums[r][v]);
-                }
-            }
-            for (int r = 0; r < ROWS; ++r)
-                for (int v = 0; v < VECTORS; ++v) V::store(c + (i + r) * n + v * V::WIDTH, sums[r][v]);
-        }
     }
 };
 

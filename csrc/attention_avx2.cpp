@@ -1,7 +1,7 @@
 // Attention with AVX2: fp32 operands.
 #include <immintrin.h>
 
-#include "attention.h"
+#include "attention_math.h"
 
 namespace {
 

@@ -3,9 +3,8 @@
 // B is packed by pairs of rows: [k / 2, n, 2]. A's rows hold their pairs as they lie.
 #pragma once
 
-#include <immintrin.h>
-
-#include "attention.h"
+#include "attention_math.h"
+#include "simd_avx512.h"
 
 namespace {
 
@@ -13,17 +12,13 @@ struct Bf16Passes : Passes<uint16_t> {
     using Operand = uint16_t;
 
     static void pack(const uint16_t* rows, int64_t wide, uint16_t* out) {
-        // Element j of the first row, then of the second, whose elements are counted from 32.
-        const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_set1_epi32(0x10001)),
-                                             _mm512_set1_epi32(32 << 16));
         for (int64_t k = 0; k < TILE; k += 2)
             for (int64_t n = 0; n < wide; n += 16, out += 32) {
                 const auto half = [&](int64_t row) {
                     return _mm512_castsi256_si512(
                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + row * wide + n)));
                 };
-                _mm512_storeu_si512(out, _mm512_permutex2var_epi16(half(k), low, half(k + 1)));
+                _mm512_storeu_si512(out, pairs<0>(half(k), half(k + 1)));
             }
     }
 
@@ -36,8 +31,9 @@ struct Bf16Passes : Passes<uint16_t> {
     // e^x to 2 units in the last place, 0 below -87.3: so is what no query sees. Subnormal numbers, which would come
     // next, cost Intel's processors a hundred cycles a vector.
     static __m512 exponential16(__m512 x) {
-        const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_GE_OQ);
-        x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
+        const __m512 least = _mm512_set1_ps(-87.3f);
+        const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+        x = _mm512_max_ps(least, x);  // of the two the second where x is NaN
         const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
         const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f),
                                           _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x));

@@ -1,5 +1,5 @@
 // Attention, portable: vectors are arrays, which a compiler may or may not keep in registers.
-#include "attention.h"
+#include "attention_math.h"
 
 namespace {
 

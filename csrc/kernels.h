@@ -164,9 +164,8 @@ struct ProductKernels {
     int64_t (*height)(int64_t rows);
     // out [count][width] of the words of n lines, `stride` bytes apart, and zeros; n <= width <= 32.
     void (*transpose)(const char* lines, int64_t stride, int64_t n, int64_t count, uint32_t* out, int64_t width);
-    // A tile of `height` rows of `words` words, of n lines of so many bytes, and zeros.
-    void (*pack)(const char* lines, int64_t stride, int64_t n, int64_t bytes, int64_t words, int64_t height,
-                 uint32_t* tile);
+    // A tile of `height` rows of `words` words, of n lines of so many bytes, one after the other, and zeros.
+    void (*pack)(const char* lines, int64_t bytes, int64_t n, int64_t words, int64_t height, uint32_t* tile);
     // panel [words][lanes] of `lanes` columns of `rows` rows of packed weights, `stride` bytes and `blocks` scales
     // apart, of which each lies in one block.
     void (*columns)(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,

@@ -65,7 +65,7 @@ struct Rows {
 // Rows first .. first + real as a tile of `height`; what is missing is zero.
 inline void pack_tile(const ProductKernels& k, const Rows& rows, int64_t first, int64_t real, int64_t height,
                       uint32_t* tile) {
-    k.pack(rows.row(first), rows.bytes(), real, rows.bytes(), words_of(k, rows.depth, rows.dtype), height, tile);
+    k.pack(rows.row(first), rows.bytes(), real, words_of(k, rows.depth, rows.dtype), height, tile);
 }
 
 // Words from .. count of a panel.

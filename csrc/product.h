@@ -64,14 +64,13 @@ void multiply_words(const uint32_t* tiles, int64_t rows, int64_t words, int64_t 
 
 // A tile [words][height], for kernels whose words need not be a multiple of anything.
 template <decltype(ProductKernels::transpose) TRANSPOSE>
-void pack_words(const char* lines, int64_t stride, int64_t n, int64_t bytes, int64_t words, int64_t height,
-                uint32_t* tile) {
+void pack_words(const char* lines, int64_t bytes, int64_t n, int64_t words, int64_t height, uint32_t* tile) {
     const int64_t whole = bytes / 4;
-    TRANSPOSE(lines, stride, n, whole, tile, height);
+    TRANSPOSE(lines, bytes, n, whole, tile, height);
     if (whole == words) return;
     uint32_t* last = tile + whole * height;
     std::memset(last, 0, size_t(4 * height));
-    for (int64_t r = 0; r < n; ++r) std::memcpy(last + r, lines + r * stride + 4 * whole, size_t(bytes - 4 * whole));
+    for (int64_t r = 0; r < n; ++r) std::memcpy(last + r, lines + r * bytes + 4 * whole, size_t(bytes - 4 * whole));
 }
 
 }  // namespace

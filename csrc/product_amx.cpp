@@ -11,12 +11,12 @@ constexpr int64_t ROWS = 2 * TILE_ROWS, LANES = 2 * TILE_WORDS;
 
 int64_t height(int64_t rows) { return rows > TILE_ROWS ? ROWS : TILE_ROWS; }
 
-void pack(const char* lines, int64_t stride, int64_t n, int64_t bytes, int64_t words, int64_t height, uint32_t* tile) {
+void pack(const char* lines, int64_t bytes, int64_t n, int64_t words, int64_t height, uint32_t* tile) {
     for (int64_t w = 0; w < words; w += TILE_WORDS) {
         const int64_t left = bytes - 4 * w;
         const __mmask64 inside = left >= TILE_BYTES ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
         for (int64_t r = 0; r < height; ++r, tile += TILE_WORDS)
-            _mm512_storeu_si512(tile, r < n ? _mm512_maskz_loadu_epi8(inside, lines + r * stride + 4 * w)
+            _mm512_storeu_si512(tile, r < n ? _mm512_maskz_loadu_epi8(inside, lines + r * bytes + 4 * w)
                                             : _mm512_setzero_si512());
     }
 }

@@ -5,15 +5,9 @@
 
 namespace {
 
-// Word j of the result: element j of the first row below, of the second above.
 inline void store_pairs(__m512i first, __m512i second, uint32_t* words) {
-    // Elements of the second row are counted from 32.
-    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_set1_epi32(0x10001)),
-                                         _mm512_set1_epi32(32 << 16));
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x100010));
-    _mm512_storeu_si512(words, _mm512_permutex2var_epi16(first, low, second));
-    _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi16(first, high, second));
+    _mm512_storeu_si512(words, pairs<0>(first, second));
+    _mm512_storeu_si512(words + 16, pairs<16>(first, second));
 }
 
 inline void columns(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,

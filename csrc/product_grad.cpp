@@ -72,7 +72,7 @@ void gradient_of_adapter(Call& c, const void* low, const Rows& right, const uint
             for (int64_t r = 0; r < real; ++r)
                 std::memcpy(lines + (r * p.rows + m) * bytes,
                             static_cast<const char*>(low) + (m * p.rank + first + r) * bytes, size_t(bytes));
-        c.k.pack(lines, p.rows * bytes, real, p.rows * bytes, words, height, tiles + first * words);
+        c.k.pack(lines, p.rows * bytes, real, words, height, tiles + first * words);
     });
     parallel_for(ceil_div(right.depth, c.k.lanes), c.threads, [&](int64_t task) {
         const int64_t lane = task * c.k.lanes, width = std::min(c.k.lanes, right.depth - lane);

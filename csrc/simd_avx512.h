@@ -45,4 +45,14 @@ inline __m512i round_to_bf16(__m512 values) {
     return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
 }
 
+// Word j: element FROM + j of the first below, of the second above.
+template <int FROM>
+inline __m512i pairs(__m512i first, __m512i second) {
+    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    // Elements of the second are counted from 32.
+    const __m512i index = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_set1_epi32(0x10001)),
+                                           _mm512_set1_epi32((32 << 16) + 0x10001 * FROM));
+    return _mm512_permutex2var_epi16(first, index, second);
+}
+
 }  // namespace

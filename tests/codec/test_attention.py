@@ -74,6 +74,18 @@ def test_no_worse_than_torch(
     assert lse.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", list(EPSILON), ids=str)
+def test_a_key_that_is_no_number_is_seen(implementation: str, dtype: torch.dtype) -> None:
+    q, k, v, _ = tensors(2, 1, 131, 64, dtype)
+    first = first_of("causal", 2, 131)
+    whole, _lse = ops.attention(q, k, v, first, 0.3)
+    k[0, 0, 70] = float("nan")
+    out, _lse = ops.attention(q, k, v, first, 0.3)
+    assert out[0, :, 70:].isnan().all()
+    assert torch.equal(out[0, :, :70], whole[0, :, :70])
+    assert torch.equal(out[1], whole[1])
+
+
 @pytest.mark.parametrize("width", [128, 256])
 def test_wide_heads_and_large_scores(isa: str, width: int) -> None:
     q, k, v, grad = tensors(2, 1, 70, width, torch.bfloat16)

@@ -129,7 +129,7 @@ def test_the_fused_forward_is_peft_s_own(base: torch.nn.Module, monkeypatch: pyt
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-            assert error < 1e-5, f"{name}: {error:.2e}"
+            assert error < 5e-6, f"{name}: {error:.2e}"  # twice what two orders of summation make
 
 
 def test_every_adapter_gets_a_gradient_and_the_base_none(base: torch.nn.Module) -> None:

@@ -17,8 +17,9 @@ from fourbit.codebooks import dynamic_map
 from fourbit.kernels import native
 from fourbit.kernels.pool import POOL
 
+#: Up to so many rows, codes as they lie are faster than panels (`few_rows`).
 FEW_ROWS = 16
-#: A tile has 16 rows, however few there are; eight take as long with the codes (docs/log.md).
+#: With AMX: a tile has 16 rows, however few there are; eight take as long with the codes (docs/log.md).
 FEW_ROWS_AMX = 7
 
 
