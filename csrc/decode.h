@@ -85,8 +85,8 @@ void dense_tile(const DenseRows& rows) {
         for (; k + LANES <= rows.K; k += LANES) {
             float weight[LANES];
             for (int lane = 0; lane < LANES; ++lane) weight[lane] = load_as<DTYPE>(rows.weight, first + k + lane);
-            for (int i = 0; i < M; ++i)
-                for (int lane = 0; lane < LANES; ++lane) sums[i][lane] += weight[lane] * rows.x[i * rows.K + k + lane];
+            for (int lane = 0; lane < LANES; ++lane)
+                for (int i = 0; i < M; ++i) sums[i][lane] += weight[lane] * rows.x[i * rows.K + k + lane];
         }
         for (int lane = 0; k < rows.K; ++k, ++lane)
             for (int i = 0; i < M; ++i) sums[i][lane] += load_as<DTYPE>(rows.weight, first + k) * rows.x[i * rows.K + k];

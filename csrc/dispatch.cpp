@@ -48,6 +48,8 @@ const Kernels avx512bf16_kernels = {"avx512bf16",          avx512::quantize, avx
 const Kernels amx_kernels = [] {
     Kernels table = avx512bf16_kernels;
     table.name = "amx";
+    table.linear = amx::linear;
+    table.turn = amx::turn;
     table.product = &amx::product;
     table.attention = &amx::attention;
     return table;

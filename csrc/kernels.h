@@ -17,7 +17,7 @@ struct Search {
 // `linear` meets it: fp32, each run of 32 values as its 16 even elements followed by its 16 odd ones, so
 // that the two nibbles of a byte meet their elements in whole vectors; or an order of its own.
 struct LinearRows {
-    const float* x;        // [M, x_stride], prepared
+    const float* x;        // [M, x_stride], prepared, or what `turn` makes of them
     int64_t x_stride;      // K rounded up to a multiple of 128
     int dtype;             // of x before it was prepared
     int64_t M, K;          // K is a multiple of block_size
@@ -26,6 +26,7 @@ struct LinearRows {
     int64_t rows, block_size;
     const float* codebook;  // [16]
     float* y;               // [M, rows]
+    bool turned;            // whether x has been through `turn`; M is at most 32 then
 };
 
 // One row of dropout: x, y [K]; `counter` and `key` as the ABI defines them, column block 0.
@@ -230,6 +231,11 @@ FB_KERNELS(avx512bf16)
 FB_KERNELS(amx)
 FB_KERNELS(neon)
 
+namespace amx {
+// words [x_stride / 2][16] of at most 16 prepared rows [M, x_stride] of bf16, and zeros.
+void turn(const float* rows, int64_t x_stride, int64_t M, float* words);
+}
+
 struct Kernels {
     const char* name;
     decltype(scalar::quantize)* quantize;
@@ -255,6 +261,7 @@ struct Kernels {
     const AttentionKernels* attention_wide;  // of the others
     const ProductKernels* product;           // of bf16, and of fp32; null where there is none
     const ProductKernels* product_wide;
+    decltype(amx::turn)* turn = nullptr;  // where `linear` of bf16 takes x so
 };
 
 // The instruction set in use.

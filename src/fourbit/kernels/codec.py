@@ -128,7 +128,7 @@ def linear_4bit(
 
     Returns x's dtype [M, out_features]; bias has x's dtype too. Sums are fp32 and rounded once, at the
     end; so are weights, but bf16 for bf16 inputs with avx512bf16 and amx. A row of the result does not depend
-    on the other rows.
+    on what the other rows are, nor on how many, but for one row alone of bf16 with amx.
     """
     codes, absmax = codes.contiguous(), absmax.contiguous()
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device="cpu")

@@ -19,8 +19,8 @@ from fourbit.kernels.pool import POOL
 
 #: Up to so many rows, codes as they lie are faster than panels (`few_rows`).
 FEW_ROWS = 16
-#: With AMX: a tile has 16 rows, however few there are; eight take as long with the codes (docs/log.md).
-FEW_ROWS_AMX = 7
+#: With AMX, two tiles of which are multiplied with codes that are looked up once.
+FEW_ROWS_AMX = 32
 
 
 class Product(ctypes.Structure):
