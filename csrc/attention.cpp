@@ -60,11 +60,6 @@ bool valid(const FbAttention& p) {
     return true;
 }
 
-// Scratch of a thread: at most what `Attention::scratch` takes, four rows of operands and three of floats.
-int64_t scratch_bytes(int64_t wide) {
-    return ATTENTION_TILE * (4 * wide * 4 + 4 * ATTENTION_TILE * 4 + 2 * ATTENTION_TILE * 4 + wide * 4) + 16 * 64;
-}
-
 int64_t wide_of(const AttentionKernels& kernel, int64_t width) {
     return ceil_div(width, kernel.width_step) * kernel.width_step;
 }
@@ -76,7 +71,7 @@ int fb_attention(const FbAttention* problem, int threads) {
     if (!valid(p)) return 1;
     const AttentionKernels& kernel = kernels_for(p.dtype);
     const int64_t wide = wide_of(kernel, p.width), tiles = ceil_div(p.length, ATTENTION_TILE);
-    const int64_t pack_bytes = tiles * ATTENTION_TILE * wide * kernel.operand_bytes, each = scratch_bytes(wide);
+    const int64_t pack_bytes = tiles * ATTENTION_TILE * wide * kernel.operand_bytes, each = kernel.forward_room(p.width);
     // So many key-value heads are packed at a time: enough to occupy the threads, but not gigabytes.
     const int64_t all = p.batch * p.kv_heads, share = p.heads / p.kv_heads;
     const int64_t group = std::min(all, std::max<int64_t>(threads, PACKED_AT_ONCE / (2 * pack_bytes)));
@@ -90,36 +85,66 @@ int fb_attention(const FbAttention* problem, int threads) {
             kernel.pack(head_of(p, (first + task) / p.kv_heads, kv * share), keys, keys + pack_bytes,
                         rooms.data + thread * each);
         });
-        // The later a tile of queries, the more keys it sees: long ones first.
-        parallel_for_threads(count * share * tiles, threads, [&](int64_t task, int thread) {
-            const int64_t tile = tiles - 1 - task / (count * share), index = task % (count * share);
+        // The later queries, the more keys they see: long ones first.
+        const int64_t parts = ceil_div(p.length, kernel.forward_queries);
+        parallel_for_threads(count * share * parts, threads, [&](int64_t task, int thread) {
+            const int64_t part = parts - 1 - task / (count * share), index = task % (count * share);
             const int64_t head = first + index / share;
             const char* keys = packs.data + index / share * 2 * pack_bytes;
             kernel.forward(head_of(p, head / p.kv_heads, head % p.kv_heads * share + index % share),
-                           tile * ATTENTION_TILE, keys, keys + pack_bytes, rooms.data + thread * each);
+                           part * kernel.forward_queries, keys, keys + pack_bytes, rooms.data + thread * each);
         });
     }
     return 0;
 }
 
+namespace {
+
+// Queries before it and from it on are two tasks of about as much work, as a query sees what is before it; 0: all are
+// one. It depends on the length alone: so threads do not change a bit of the sums.
+int64_t cut_of(int64_t length, int64_t block) {
+    const int64_t blocks = ceil_div(length, block);
+    return blocks < 2 ? 0 : std::min(blocks - 1, (blocks * 181 + 128) / 256) * block;  // 1 / sqrt(2)
+}
+
+}  // namespace
+
 int fb_attention_grad(const FbAttention* problem, int threads) {
     const FbAttention& p = *problem;
     if (!valid(p)) return 1;
     const AttentionKernels& kernel = kernels_for(p.dtype);
-    const int64_t wide = wide_of(kernel, p.width), tiles = ceil_div(p.length, ATTENTION_TILE), group = p.heads / p.kv_heads;
-    const int64_t values = tiles * ATTENTION_TILE * wide, scratch = scratch_bytes(wide);
-    const int64_t packs = 3 * values * kernel.operand_bytes, sums = 2 * values * 4, dq = ATTENTION_TILE * wide * 4;
-    const int64_t each = packs + sums + dq + scratch;
-    const int used = int(std::min<int64_t>(std::max(threads, 1), p.batch * p.kv_heads));
-    const Room rooms(each * used);
-    if (rooms.data == nullptr) return 2;
-    parallel_for_threads(p.batch * p.kv_heads, used, [&](int64_t task, int thread) {
-        char* room = rooms.data + thread * each;
-        std::vector<AttentionHead> heads;
-        for (int64_t g = 0; g < group; ++g)
-            heads.push_back(head_of(p, task / p.kv_heads, task % p.kv_heads * group + g));
-        kernel.backward(heads.data(), group, room, reinterpret_cast<float*>(room + packs),
-                        reinterpret_cast<float*>(room + packs + sums), room + packs + sums + dq);
-    });
+    const int64_t wide = wide_of(kernel, p.width), group = p.heads / p.kv_heads, cut = cut_of(p.length, kernel.backward_queries);
+    const auto values = [&](int64_t rows) { return ceil_div(rows, ATTENTION_TILE) * ATTENTION_TILE * wide; };
+    const int64_t packs = 3 * values(p.length) * kernel.operand_bytes, early = 2 * values(cut) * int64_t(sizeof(float));
+    const int64_t late = 2 * values(p.length) * int64_t(sizeof(float)), each = kernel.backward_room(p.width);
+    // So many key-value heads are in work at a time.
+    const int64_t all = p.batch * p.kv_heads, wave = std::min<int64_t>(all, std::max(threads, 1));
+    const Room heads_room((packs + early + late) * wave), rooms(each * std::max(threads, 1));
+    if (heads_room.data == nullptr || rooms.data == nullptr) return 2;
+    for (int64_t first = 0; first < all; first += wave) {
+        const int64_t count = std::min(wave, all - first);
+        const auto room_of = [&](int64_t index) { return heads_room.data + index * (packs + early + late); };
+        const auto head = [&](int64_t index, int64_t g) {
+            return head_of(p, (first + index) / p.kv_heads, (first + index) % p.kv_heads * group + g);
+        };
+        parallel_for_threads(count, threads, [&](int64_t index, int thread) {
+            kernel.pack_backward(head(index, 0), room_of(index), rooms.data + thread * each);
+        });
+        const int64_t parts = cut ? 2 : 1;
+        parallel_for_threads(count * parts, threads, [&](int64_t task, int thread) {
+            const int64_t index = task / parts;
+            const bool is_late = parts == 1 || task % 2 == 1;
+            std::vector<AttentionHead> heads;
+            for (int64_t g = 0; g < group; ++g) heads.push_back(head(index, g));
+            kernel.backward(heads.data(), group, is_late ? cut : 0, is_late ? p.length : cut, room_of(index),
+                            reinterpret_cast<float*>(room_of(index) + packs + (is_late ? early : 0)),
+                            rooms.data + thread * each);
+        });
+        parallel_for_threads(count, threads, [&](int64_t index, int thread) {
+            const char* sums = room_of(index) + packs;
+            kernel.finish(head(index, 0), cut, reinterpret_cast<const float*>(sums),
+                          reinterpret_cast<const float*>(sums + early), rooms.data + thread * each);
+        });
+    }
     return 0;
 }

@@ -4,12 +4,14 @@
 namespace {
 
 struct Bf16Math : Bf16Passes, OneScope {
-    static constexpr int64_t WIDTH_STEP = 16;
+    static constexpr int64_t WIDTH_STEP = 16, PART = 64;
+    static constexpr int64_t FORWARD_QUERIES = 64, BACKWARD_QUERIES = 64;
 
-    // c [m, n] (+)= a [m, k] b [k, n]; m and n are multiples of 16.
-    static void multiply(const uint16_t* a, int64_t m, int64_t k, const uint16_t* b, int64_t n, float* c, bool add) {
-        int64_t j = 0;
-        for (; j + 64 <= n; j += 64) columns<4>(a, m, k, b + 2 * j, n, c + j, add);
+    // Columns part PART to part PART + PART of c [m, n] (+)= a [m, k] b [k, n]; m and n are multiples of 16.
+    static void product(const uint16_t* a, int64_t m, int64_t k, const uint16_t* b, int64_t n, int64_t part, float* c,
+                        bool add) {
+        int64_t j = part * PART;
+        if (j + PART <= n) return columns<4>(a, m, k, b + 2 * j, n, c + j, add);
         for (; j < n; j += 16) columns<1>(a, m, k, b + 2 * j, n, c + j, add);
     }
 

@@ -23,6 +23,13 @@ struct Passes {
         }
     }
 
+    // x [rows, columns] to [columns, rows]
+    template <class Value>
+    static void transpose(const Value* x, int64_t rows, int64_t columns, Value* out) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; ++j) out[j * rows + i] = x[i * columns + j];
+    }
+
     static float highest(const float* s) {
         float lanes[16];
         for (int lane = 0; lane < 16; ++lane) lanes[lane] = s[lane];
@@ -45,9 +52,9 @@ struct Passes {
         return sum;
     }
 
-    // p = exp(score_scale s - lse), ds = scale p (dp - inner)
-    static void gradients(const float* s, float score_scale, const float* dp, float lse, float inner, float scale,
-                          Operand* p, Operand* ds) {
+    // p = exp(score_scale s - lse), ds = scale p (dp - inner) of a row.
+    static void gradients_of_row(const float* s, float score_scale, const float* dp, float lse, float inner,
+                                 float scale, Operand* p, Operand* ds) {
         for (int64_t j = 0; j < TILE; ++j) {
             const float value = s[j] <= UNSEEN ? 0.0f : exponential(s[j] * score_scale - lse);
             p[j] = to_operand<Operand>(value);
@@ -64,23 +71,35 @@ struct OneScope {
 template <class V>
 struct WideMath : Passes<float>, OneScope {
     using Operand = float;
-    static constexpr int64_t WIDTH_STEP = 16;
+    static constexpr int64_t WIDTH_STEP = 16, PART = 64;
+    static constexpr int64_t FORWARD_QUERIES = 64, BACKWARD_QUERIES = 64;
 
     static void pack(const float* rows, int64_t wide, float* out) {
         std::memcpy(out, rows, size_t(TILE * wide) * sizeof(float));
     }
 
-    // rows [TILE, wide] to [wide, TILE]
-    static void pack_transposed(const float* rows, int64_t wide, float* out) {
-        for (int64_t d = 0; d < wide; ++d)
-            for (int64_t i = 0; i < TILE; ++i) out[d * TILE + i] = rows[i * wide + d];
+    // Of two rows; p and ds_packed as `pack` leaves them.
+    static void gradients(const float* s, float score_scale, const float* dp, const float* lse, const float* inner,
+                          float scale, float* p, float* ds, float* ds_packed) {
+        for (int row = 0; row < 2; ++row) {
+            const int64_t line = row * TILE;
+            gradients_of_row(s + line, score_scale, dp + line, lse[row], inner[row], scale, p + line, ds + line);
+        }
+        std::memcpy(ds_packed, ds, 2 * TILE * sizeof(float));
     }
 
-    // c [m, n] (+)= a [m, k] b [k, n]; m and n are multiples of 16.
-    static void multiply(const float* a, int64_t m, int64_t k, const float* b, int64_t n, float* c, bool add) {
-        int64_t j = 0;
-        for (; j + V::COLUMNS <= n; j += V::COLUMNS) columns<V::VECTORS>(a, m, k, b + j, n, c + j, add);
-        for (; j < n; j += 16) columns<16 / V::WIDTH>(a, m, k, b + j, n, c + j, add);
+    // rows [TILE, wide] to [wide, TILE]
+    static void pack_transposed(const float* rows, int64_t wide, float* out) {
+        transpose(rows, TILE, wide, out);
+    }
+
+    // Columns part PART to part PART + PART of c [m, n] (+)= a [m, k] b [k, n]; m and n are multiples of 16.
+    static void product(const float* a, int64_t m, int64_t k, const float* b, int64_t n, int64_t part, float* c,
+                        bool add) {
+        int64_t j = part * PART;
+        const int64_t end = std::min(n, j + PART);
+        for (; j + V::COLUMNS <= end; j += V::COLUMNS) columns<V::VECTORS>(a, m, k, b + j, n, c + j, add);
+        for (; j < end; j += 16) columns<16 / V::WIDTH>(a, m, k, b + j, n, c + j, add);
     }
 
     template <int VECTORS>

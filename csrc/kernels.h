@@ -131,7 +131,7 @@ struct DenseRows {
     float* y;
 };
 
-// Attention, see attention.h. Tiles of queries and of keys, and the widest head.
+// Attention, see attention.h. Keys of a tile, and the widest head.
 constexpr int64_t ATTENTION_TILE = 64, ATTENTION_MAX_WIDTH = 256;
 
 struct AttentionTensor {
@@ -148,12 +148,24 @@ struct AttentionHead {
     float scale;
 };
 
+// Packs and sums of a head have whole tiles of keys of `width` rounded up to a multiple of `width_step`.
 struct AttentionKernels {
     int64_t operand_bytes;
-    int64_t width_step;  // widths are rounded up to a multiple of it
+    int64_t width_step;
+    int64_t forward_queries, backward_queries;  // that are taken together
+    int64_t (*forward_room)(int64_t width);  // bytes of scratch of a thread
+    int64_t (*backward_room)(int64_t width);
+    // Of one key-value head, for `forward`.
     void (*pack)(const AttentionHead& h, void* keys, void* values, char* room);
+    // The `forward_queries` from `row` on.
     void (*forward)(const AttentionHead& h, int64_t row, const void* keys, const void* values, char* room);
-    void (*backward)(const AttentionHead* heads, int64_t group, void* packs, float* sums, float* dq, char* room);
+    // The same for `backward`, three packs of a head.
+    void (*pack_backward)(const AttentionHead& kv, void* packs, char* room);
+    // Queries first, a multiple of `backward_queries`, to last of a group of heads: dQ, and sums [2, tiles of last, wide, tile] for dK and dV.
+    void (*backward)(const AttentionHead* heads, int64_t group, int64_t first, int64_t last, const void* packs,
+                     float* sums, char* room);
+    // dK and dV from the sums of queries before `cut`, if any, and of the others.
+    void (*finish)(const AttentionHead& kv, int64_t cut, const float* early, const float* late, char* room);
 };
 
 // The many-row product, see product.cpp: tiles of `rows` rows of x by panels of `lanes` columns of the result.

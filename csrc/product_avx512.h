@@ -6,34 +6,6 @@
 
 namespace {
 
-inline __mmask16 first_lanes(int64_t count) {
-    return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
-}
-
-inline void transpose_16(const __m512i (&in)[16], __m512i (&out)[16]) {
-    __m512i pairs[16], fours[16];
-    unroll<8>([&](auto i) {
-        pairs[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
-    });
-    // fours[4 g + c] holds, in its part l of 128 bits, lines 4 g .. 4 g + 3 at word 4 l + c.
-    unroll<8>([&](auto i) {
-        constexpr int group = i / 2 * 4, odd = i % 2;
-        fours[group + 2 * odd] = _mm512_unpacklo_epi64(pairs[group + odd], pairs[group + odd + 2]);
-        fours[group + 2 * odd + 1] = _mm512_unpackhi_epi64(pairs[group + odd], pairs[group + odd + 2]);
-    });
-    unroll<4>([&](auto c) {
-        const __m512i a = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x44);
-        const __m512i b = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xee);
-        const __m512i d = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x44);
-        const __m512i e = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xee);
-        out[c] = _mm512_shuffle_i32x4(a, d, 0x88);
-        out[4 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
-        out[8 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
-        out[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
-    });
-}
-
 inline void transpose_lines(const char* lines, int64_t stride, int64_t n, int64_t count, uint32_t* out,
                             int64_t width) {
     for (int64_t half = 0; half < width; half += 16) {

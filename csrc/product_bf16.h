@@ -5,11 +5,6 @@
 
 namespace {
 
-inline void store_pairs(__m512i first, __m512i second, uint32_t* words) {
-    _mm512_storeu_si512(words, pairs<0>(first, second));
-    _mm512_storeu_si512(words + 16, pairs<16>(first, second));
-}
-
 inline void columns(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,
              const float* codebook, uint32_t* panel) {
     const __m512 values = _mm512_loadu_ps(codebook);

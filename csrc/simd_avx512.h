@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "convert.h"
+#include "unroll.h"
 
 namespace {
 
@@ -53,6 +54,55 @@ inline __m512i pairs(__m512i first, __m512i second) {
     const __m512i index = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_set1_epi32(0x10001)),
                                            _mm512_set1_epi32((32 << 16) + 0x10001 * FROM));
     return _mm512_permutex2var_epi16(first, index, second);
+}
+
+// The pairs of 32 values of two rows.
+inline void store_pairs(__m512i first, __m512i second, void* words) {
+    _mm512_storeu_si512(words, pairs<0>(first, second));
+    _mm512_storeu_si512(static_cast<char*>(words) + 64, pairs<16>(first, second));
+}
+
+inline __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+}
+
+inline void transpose_16(const __m512i (&in)[16], __m512i (&out)[16]) {
+    __m512i pairs[16], fours[16];
+    unroll<8>([&](auto i) {
+        pairs[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
+    });
+    // fours[4 g + c] holds, in its part l of 128 bits, lines 4 g .. 4 g + 3 at word 4 l + c.
+    unroll<8>([&](auto i) {
+        constexpr int group = i / 2 * 4, odd = i % 2;
+        fours[group + 2 * odd] = _mm512_unpacklo_epi64(pairs[group + odd], pairs[group + odd + 2]);
+        fours[group + 2 * odd + 1] = _mm512_unpackhi_epi64(pairs[group + odd], pairs[group + odd + 2]);
+    });
+    unroll<4>([&](auto c) {
+        const __m512i a = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x44);
+        const __m512i b = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xee);
+        const __m512i d = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x44);
+        const __m512i e = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xee);
+        out[c] = _mm512_shuffle_i32x4(a, d, 0x88);
+        out[4 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
+        out[8 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
+        out[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
+    });
+}
+
+// out [columns][rows] of words x [rows][columns]; rows is a multiple of 16.
+inline void transpose_words(const uint32_t* x, int64_t rows, int64_t columns, uint32_t* out) {
+    for (int64_t j = 0; j < columns; j += 16) {
+        const __mmask16 inside = first_lanes(columns - j);
+        for (int64_t i = 0; i < rows; i += 16) {
+            __m512i in[16], turned[16];
+            unroll<16>([&](auto r) { in[r] = _mm512_maskz_loadu_epi32(inside, x + (i + r) * columns + j); });
+            transpose_16(in, turned);
+            unroll<16>([&](auto c) {
+                if (j + c < columns) _mm512_storeu_si512(out + (j + c) * rows + i, turned[c]);
+            });
+        }
+    }
 }
 
 }  // namespace
