@@ -26,7 +26,7 @@ def check(tiny: bool) -> list[Callable[[], Row]]:
           for kind in ("nf4", "fp4", "int4") for shape in ((7, 131), large)),
         *(named(f"restore {dtype}", lambda dtype=dtype: check_restore(large, dtype))
           for dtype in FLOATS),
-        *(named(f"{rows} rows", lambda rows=rows: check_product(large, rows)) for rows in (1, 5, 64)),
+        *(named(f"{rows} rows", lambda rows=rows: check_product(large, rows)) for rows in (1, 5, 64, 300)),
         named("dropout", check_dropout),
         *(named(f"adamw, {bits} bits", lambda bits=bits: check_adamw(bits)) for bits in (32, 8)),
         named("cross-entropy", check_loss),
@@ -61,11 +61,12 @@ def check_product(shape: tuple[int, int], rows: int) -> Row:
     _, codes, (_, *double) = packed(shape)
     values, worst = codebook("nf4", DEVICE), 0.0
     restored = reference.dequantize_absmax(*double)
+    multiply = product.linear_4bit if rows <= 64 else product.many_rows
     for dtype in FLOATS[1:]:
         weight = reference.dequantize_4bit(codes, restored, shape, values, 64, dtype)
         x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
         truth = x.double() @ weight.double().T
-        y = product.linear_4bit(x, codes, *double, values, 64, shape[0], None)
+        y = multiply(x, codes, *double, values, 64, shape[0], None)
         ours, theirs = ((z.double() - truth).abs().max().item() for z in (y, x @ weight.T))
         worst = max(worst, ours / max(theirs, 1e-9))
     return {"error_over_torch": worst, "equal": worst <= 1.5}

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from fourbit.codebooks import codebook, thresholds
 
+#: Of a Llama of 8 B: queries, keys or values, gate or up, down.
+SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+MANY = ("restore and multiply", "fused")
+
 
 def kernels(tiny: bool) -> list[Callable[[], Row]]:
     shape = (48, 64) if tiny else (14336, 4096)
@@ -21,7 +25,11 @@ def kernels(tiny: bool) -> list[Callable[[], Row]]:
         named("quantize", lambda: time_codec(shape, bound, "quantize")),
         named("restore", lambda: time_codec(shape, bound, "restore")),
         *(named(f"{rows} rows", lambda rows=rows: time_product(shape, rows, bound)) for rows in (1, 16, 64)),
-        named("many rows: restore and multiply", lambda: time_restored(shape, 64 if tiny else 4096, bound)),
+        *(
+            named(f"many rows {each}: {how}", lambda each=each, how=how: time_many(each, how, tiny, bound))
+            for each in ([shape] if tiny else SHAPES)
+            for how in MANY
+        ),
         *(named(f"adamw, {bits} bits", lambda bits=bits: time_adamw(bits, tiny, bound)) for bits in (32, 8)),
         named("cross-entropy", lambda: time_loss(tiny, bound)),
     ]
@@ -102,18 +110,23 @@ def time_product(shape: tuple[int, int], rows: int, bound: Bound) -> Row:
     return row
 
 
-def time_restored(shape: tuple[int, int], rows: int, bound: Bound) -> Row:
-    from fourbit.kernels.gpu import codec
+def time_many(shape: tuple[int, int], how: str, tiny: bool, bound: Bound) -> Row:
+    """The faster of these belongs into `ops/linear.py`."""
+    from fourbit.kernels.gpu import codec, product
 
+    rows = 64 if tiny else 4096
     w, codes, (_, *double) = packed(shape)
     values, out = codebook("nf4", DEVICE), torch.empty_like(w)
     x = torch.randn(rows, shape[1], device=DEVICE).to(HALF)
 
-    def both() -> Tensor:
+    def restore_and_multiply() -> Tensor:
         codec.dequantize_4bit(codes, *double, values, 64, out)
         return x @ out.T
 
-    taken = seconds(both)
+    def fused() -> Tensor:
+        return product.many_rows(x, codes, *double, values, 64, shape[0], None)
+
+    taken = seconds(fused if how == "fused" else restore_and_multiply)
     return {"ms": 1000 * taken, "share_of_rate": 2 * rows * shape[0] * shape[1] / taken / bound.rate}
 
 

@@ -65,19 +65,23 @@ def kernels(dtype: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], 
             {"BLOCK": 64, "DOUBLE": double, "BYTES": 1024},
             False,
         )
+    product_types = {
+        "x": ours, "codes": "*u8", "absmax": "*u8", **SCALES, "bias": ours, "y": ours,
+        "rows": "i32", "features": "i32", "width": "i32",
+    }  # fmt: skip
+    constants = {"BLOCK": 64, "DOUBLE": True, "BIAS": True}
+    if dtype != "fp32":
+        found["many"] = (product._many, product_types, {**constants, **product.MANY}, False)
     for one in (True, False):
         sizes = {"ROWS": 16, "FEATURES": product._FEATURES_ONE, "BYTES": product._BYTES_ONE}
         if not one:
             sizes |= {"FEATURES": product._FEATURES, "BYTES": product._BYTES}
         found["row" if one else "rows"] = (
             product._product,
-            {
-                "x": ours, "codes": "*u8", "absmax": "*u8", **SCALES, "bias": ours, "y": ours,
-                "rows": "i32", "features": "i32", "width": "i32",
-            },
-            {"BLOCK": 64, "DOUBLE": True, "BIAS": True, "ONE": one, **sizes},
+            product_types,
+            {**constants, "ONE": one, **sizes},
             False,
-        )  # fmt: skip
+        )
     return found
 
 

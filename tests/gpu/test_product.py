@@ -1,6 +1,8 @@
-"""A few rows times a packed weight: no further from fp64 than torch on the restored weight."""
+"""Rows times a packed weight: no further from fp64 than torch on the restored weight."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,8 +17,29 @@ from fourbit.kernels.gpu import product
 @pytest.mark.parametrize("rows", [1, 2, 17, 64])
 @pytest.mark.parametrize(("features", "width"), [(7, 64), (40, 130), (33, 576)])
 @pytest.mark.parametrize("double", [False, True], ids=["scales", "double"])
-def test_against_fp64(
+def test_few_against_fp64(
     dtype: torch.dtype, rows: int, features: int, width: int, double: bool, device: torch.device
+) -> None:
+    check(product.linear_4bit, dtype, rows, features, width, double, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "features", "width"), [(3, 7, 64), (130, 40, 130), (128, 257, 64)])
+@pytest.mark.parametrize("double", [False, True], ids=["scales", "double"])
+def test_many_against_fp64(
+    dtype: torch.dtype, rows: int, features: int, width: int, double: bool, device: torch.device
+) -> None:
+    check(product.many_rows, dtype, rows, features, width, double, device)
+
+
+def check(
+    multiply: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    width: int,
+    double: bool,
+    device: torch.device,
 ) -> None:
     generator = torch.Generator().manual_seed(features)
     w = torch.randn(features, width, generator=generator).to(device)
@@ -28,7 +51,7 @@ def test_against_fp64(
     if double:
         parts = reference.quantize_absmax(absmax)
         absmax = reference.dequantize_absmax(*parts)
-    y = product.linear_4bit(x, codes, *parts, values, 64, features, bias)
+    y = multiply(x, codes, *parts, values, 64, features, bias)
     restored = reference.dequantize_4bit(codes, absmax, (features, width), values, 64, dtype)
     truth = F.linear(x.double(), restored.double(), None if bias is None else bias.double())
     assert (y.shape, y.dtype) == ((rows, features), dtype)
