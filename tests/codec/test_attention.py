@@ -52,7 +52,15 @@ def tensors(heads: int, kv_heads: int, length: int, width: int, dtype: torch.dty
 @pytest.mark.parametrize("dtype", list(EPSILON), ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "length", "width"),
-    [(2, 1, 1, 16), (3, 3, 7, 5), (4, 2, 65, 24), (6, 2, 131, 64), (2, 2, 64, 80)],
+    [
+        (2, 1, 1, 16),
+        (3, 3, 7, 5),
+        (4, 2, 65, 24),
+        (6, 2, 131, 64),
+        (2, 2, 64, 80),
+        (4, 1, 330, 96),
+        (2, 1, 257, 256),
+    ],
 )
 def test_no_worse_than_torch(
     implementation: str, heads: int, kv_heads: int, length: int, width: int, dtype: torch.dtype, kind: str
