@@ -332,7 +332,7 @@ void attention() {
     FbAttention problem{};
     problem.batch = between(1, 2), problem.kv_heads = between(1, 2);
     problem.heads = problem.kv_heads * between(1, 3);
-    problem.length = between(1, chance(5) ? 150 : 40), problem.width = chance(4) ? between(1, 256) : between(1, 40);
+    problem.length = between(1, chance(5) ? 330 : 40), problem.width = chance(4) ? between(1, 256) : between(1, 40);
     problem.scale = 0.125f, problem.dtype = dtype;
     Buffer lse(4 * problem.batch * problem.heads * problem.length), first(4 * problem.batch * problem.length);
     for (int64_t i = 0; i < problem.batch * problem.length; ++i)
