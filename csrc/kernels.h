@@ -161,7 +161,8 @@ struct AttentionKernels {
     void (*forward)(const AttentionHead& h, int64_t row, const void* keys, const void* values, char* room);
     // The same for `backward`, three packs of a head.
     void (*pack_backward)(const AttentionHead& kv, void* packs, char* room);
-    // Queries first, a multiple of `backward_queries`, to last of a group of heads: dQ, and sums [2, tiles of last, wide, tile] for dK and dV.
+    // Queries first, a multiple of `backward_queries`, to last of a group of heads: dQ, and sums [2, tiles of last,
+    // wide, tile] for dK and dV.
     void (*backward)(const AttentionHead* heads, int64_t group, int64_t first, int64_t last, const void* packs,
                      float* sums, char* room);
     // dK and dV from the sums of queries before `cut`, if any, and of the others.

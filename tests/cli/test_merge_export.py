@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fourbit as package
+from fourbit.cli import checked
 from fourbit.exporting import provenance
 from tests.cli.conftest import Fourbit, furnish, train_in
 from tests.exporting.adapters import load_with_peft, logits
@@ -129,13 +131,27 @@ def test_what_lost_too_much_is_an_error_unless_accepted(fourbit: Fourbit, run: s
     assert json.loads(out)["verification"]["checked"][0]["losses"]
 
 
-def test_the_better_target_is_chosen_by_measurement(fourbit: Fourbit, run: str, here: Path) -> None:
+@pytest.mark.parametrize("target", ["original", "dequantized"])
+def test_the_better_target_is_chosen_by_measurement(
+    fourbit: Fourbit, run: str, here: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    measure = checked._measure
+
+    def apart(*words: Any) -> Any:
+        """The two losses, which the small model has alike, a quarter apart."""
+        found = measure(*words)
+        if words[3] != "choose":
+            return found
+        loss = found.checked[0].measured.loss + (0.25 if target == "original" else -0.25)
+        return replace(found, reference=replace(found.reference, loss=loss))
+
+    monkeypatch.setattr(checked, "_measure", apart)
     code, out, error = fourbit("merge", run, "out", "--data", "rows.jsonl", "--accept-loss")
     assert (code, error) == (0, "")
     found = re.search(r"merging into the (\w+) weights: .* ones ([0-9.]+), on the nf4 .* ([0-9.]+)", out)
     assert found is not None
-    target, original, trained = found.groups()
-    assert target == ("original" if float(original) <= float(trained) else "dequantized")
+    assert found[1] == target
+    assert (float(found[2]) < float(found[3])) == (target == "original")
     assert f"into the {target} " in out.splitlines()[1]
     assert provenance.read(here / "out")[-1].settings["into"] == target
 

@@ -20,7 +20,7 @@ BUSY = {
     "train__max_steps": 40,
     "train__eval_every": 3,
     "train__early_stop_patience": 3,
-    "train__learning_rate": 0.2,
+    "train__learning_rate": 1.0,
     "train__schedule": "cosine",
     "lora__dropout": 0.2,
     "lora__r": 4,

@@ -19,7 +19,7 @@ from fourbit.kernels.pool import POOL
 
 #: Up to so many rows, codes as they lie are faster than panels (`few_rows`).
 FEW_ROWS = 16
-#: With AMX, two tiles of which are multiplied with codes that are looked up once.
+#: With AMX: codes are looked up once for two tiles of 16 rows each.
 FEW_ROWS_AMX = 32
 
 
