@@ -1,7 +1,7 @@
 // The backward pass of attention (attention.h).
 //
-// A block of queries meets one tile of keys after the other. Per tile, in strips of queries: S and dP, then P and dS, then dQ;
-// then dV and dK, of all the queries at once. Those two are transposed, dV^T = dO^T P and dK^T = Q^T dS: what changes
+// A block of queries meets one tile of keys after the other. Per tile, in strips of queries: S and dP, then P and dS, then
+// dQ; then dV and dK, of all the queries at once. Those two are transposed, dV^T = dO^T P and dK^T = Q^T dS: what changes
 // from tile to tile is packed as it is made, and what is transposed stays for all tiles.
 #pragma once
 
@@ -59,7 +59,7 @@ struct AttentionBackward {
     }
 
     // Queries `first` to `last` of all heads of one key-value head: their dQ, and what they add to dK^T and dV^T in
-    // sums [2, tiles(last), wide, TILE]. `first` is a multiple of ROWS, and `last` or the length.
+    // sums [2, tiles(last), wide, TILE]. `first` is a multiple of ROWS; so is `last`, or it is the length.
     static void queries(const AttentionHead* heads, int64_t group, int64_t first, int64_t last, const Operand* packs,
                         float* sums, char* room) {
         [[maybe_unused]] const typename Math::Scope scope;

@@ -122,12 +122,7 @@ void turn(const float* rows, int64_t x_stride, int64_t M, float* words) {
 
 void linear(const LinearRows& rows) {
     if (!rows.turned) return avx512bf16::linear(rows);
-    if (rows.block_size == 32)
-        all_rows<4>(rows);
-    else if (rows.block_size == 64)
-        all_rows<2>(rows);
-    else
-        all_rows<1>(rows);
+    with_blocks(rows.block_size, [&](auto blocks) { all_rows<decltype(blocks)::value>(rows); });
 }
 
 }  // namespace amx

@@ -97,12 +97,7 @@ void prepare(const void* x, int dtype, int64_t K, float* prepared) {
 
 void linear(const LinearRows& rows) {
     if (rows.dtype != BF16) return avx512::linear(rows);
-    if (rows.block_size == 32)
-        all_rows<4>(rows);
-    else if (rows.block_size == 64)
-        all_rows<2>(rows);
-    else
-        all_rows<1>(rows);
+    with_blocks(rows.block_size, [&](auto blocks) { all_rows<decltype(blocks)::value>(rows); });
 }
 
 }  // namespace avx512bf16

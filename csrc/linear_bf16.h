@@ -26,6 +26,14 @@ struct Table {
     __m512i first, second;
 };
 
+// Calls work with the number of blocks that share a chunk, as a type.
+template <class Work>
+inline void with_blocks(int64_t block_size, const Work& work) {
+    if (block_size == 32) return work(std::integral_constant<int, 4>());
+    if (block_size == 64) return work(std::integral_constant<int, 2>());
+    work(std::integral_constant<int, 1>());
+}
+
 // `left` of the scales exist, all of them in a `FULL` chunk; x is zero beyond.
 template <int BLOCKS, bool FULL>
 inline Table<BLOCKS> make_table(__m512 codebook, const float* absmax, int64_t left) {
