@@ -173,6 +173,7 @@ struct AttentionKernels {
 struct ProductKernels {
     int64_t rows, lanes;
     int64_t tiles_bytes;  // so many of x meet a panel: as many as a core's caches feed fast enough
+    int64_t together;     // of the panels, that a tile meets in turn where too few rows fit; at most 8
     int64_t step;         // the words of a tile and of a panel are a multiple of it, zeros beyond the last
     // How many rows a tile of so many has, zeros included; at most `rows`.
     int64_t (*height)(int64_t rows);

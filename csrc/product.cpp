@@ -26,7 +26,7 @@ void add_adapter(Call& c) {
     const int64_t words = c.low_words();
     parallel_for(ceil_div(p.out_features, c.k.lanes), c.threads, [&](int64_t task) {
         const int64_t lane = task * c.k.lanes, width = std::min(c.k.lanes, p.out_features - lane);
-        uint32_t* panel = panel_room(words);
+        uint32_t* panel = rooms().panel.at_least<uint32_t>(words * c.k.lanes);
         uint32_t* tile = rooms().tiles.at_least<uint32_t>(words * c.k.rows);
         rooms().call = 0;
         if (!c.has(panel) || !c.has(tile)) return;
@@ -69,21 +69,16 @@ void forward(Call& c) {
     }
     restore_scales(c);
     if (!c.enough.load(std::memory_order_relaxed)) return;
-    for_panels(c, x, p.low, p.out_features, [&](int64_t first, int64_t rows, const uint32_t* tiles, int64_t panel) {
-        const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.out_features - lane);
+    for_slabs(c, x, p.low, p.out_features, [&](const Slab& s) {
         char* lines = rooms().lines.at_least<char>(LINES_BYTES);
-        float* sums = multiply_panel(
-            c, tiles, rows, p.in_features,
-            [&](int64_t start, int64_t count, uint32_t* to) {
-                c.weight.rows_panel(c.k, lane, start, count, lines, to);
+        if (!c.has(lines)) return;
+        multiply_slab(
+            c, s,
+            [&](int64_t panel, int64_t start, int64_t count, uint32_t* to) {
+                c.weight.rows_panel(c.k, panel * c.k.lanes, start, count, lines, to);
             },
-            p.rank > 0, [&](uint32_t* to) { up_panel(c, lane, false, to); });
-        float bias[MOST_LANES] = {};
-        for (int64_t i = 0; p.bias && i < width; ++i) bias[i] = load_value(p.bias, p.dtype, lane + i);
-        char* y = static_cast<char*>(p.y);
-        for (int64_t row = 0; row < rows; ++row)
-            c.k.store(sums + row * c.k.lanes, bias, width,
-                      y + ((first + row) * p.out_features + lane) * dtype_bytes(p.dtype));
+            p.rank > 0, [&](int64_t panel, uint32_t* to) { up_panel(c, panel * c.k.lanes, false, to); });
+        store_slab(c, s, p.bias, p.out_features, p.y);
     });
 }
 

@@ -46,7 +46,7 @@ void multiply(const uint32_t* tiles, int64_t rows, int64_t words, int64_t start,
 
 namespace amx {
 
-const ProductKernels product = {ROWS, LANES, TILES_IN_CACHE, TILE_WORDS, height, transpose_lines, pack, columns,
+const ProductKernels product = {ROWS, LANES, TILES_IN_CACHE, 8, TILE_WORDS, height, transpose_lines, pack, columns,
                                 interleave, avx512::kept, add_kept_lanes, multiply, store_row};
 
 }  // namespace amx

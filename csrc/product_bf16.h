@@ -5,10 +5,14 @@
 
 namespace {
 
+constexpr int64_t AHEAD = 16;  // rows; each lies in other lines of the cache
+
 inline void columns(const uint8_t* codes, int64_t stride, const float* absmax, int64_t blocks, int64_t rows,
              const float* codebook, uint32_t* panel) {
     const __m512 values = _mm512_loadu_ps(codebook);
     const auto restored = [&](int64_t n) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + (n + AHEAD) * stride), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(absmax + (n + AHEAD) * blocks), _MM_HINT_T0);
         const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(absmax[n * blocks]));
         // The permute reads five bits; with the 16 values there twice, the fifth does not matter.
         const __m512i table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));

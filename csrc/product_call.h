@@ -23,6 +23,9 @@ namespace {
 // Rows of x that meet a restored panel: so many that restoring takes little of the time where several threads
 // share the rows, and so few that a thread has room for them.
 constexpr int64_t ENOUGH_ROWS = 256, MOST_ROWS = 1008;
+// Where fewer rows fit the cache, tiles come from the last one: so many bytes of them, so many tiles at a time, which
+// meet up to so many panels before they are forgotten.
+constexpr int64_t STREAMED_BYTES = 8 << 20, STREAMED_TILES = 4, MOST_TOGETHER = 8;
 
 inline ProductRooms& rooms() { return product_rooms(); }
 
@@ -147,10 +150,8 @@ void multiply_down(Call& c, const uint32_t* panels, int64_t depth, float scale, 
     });
 }
 
-// For the words of a piece of depth and so many more.
-inline uint32_t* panel_room(int64_t more) {
-    return rooms().panel.at_least<uint32_t>((MOST_WORDS + more) * MOST_LANES);
-}
+// Words of a panel of a piece of depth and of low.
+inline int64_t panel_size(const Call& c) { return (MOST_WORDS + c.low_words()) * c.k.lanes; }
 
 // Tiles of `words` words, filled from word `start` on.
 inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first, int64_t count, int64_t words,
@@ -161,50 +162,83 @@ inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first,
     }
 }
 
-// Tasks of row groups times panels. Each thread packs the rows that it multiplies: what another core has just
-// written is slow to read. work(first row, rows, their tiles, panel); a tile's last words are those of low.
+// Some rows of the left operand as tiles, whose last words are those of low, and the panels that they meet.
+struct Slab {
+    int64_t first_row, rows, depth, first_panel, panels;
+    const uint32_t* tiles;
+    uint32_t* room;  // for a piece of each panel
+    float* sums;     // [panels][padded][lanes]
+    int64_t padded;  // rows, the last tile filled up
+};
+
+// The result, `width` wide, in slabs. Each thread packs the rows that it multiplies: what another core has just
+// written is slow to read.
 template <class Work>
-void for_panels(Call& c, const Rows& left, const void* low, int64_t width, const Work& work) {
+void for_slabs(Call& c, const Rows& left, const void* low, int64_t width, const Work& work) {
     const int64_t deep = words_of(c.k, left.depth, left.dtype), words = deep + c.low_words();
     const int64_t panels = ceil_div(width, c.k.lanes);
-    const int64_t fitting = std::min(MOST_ROWS, std::max(c.k.rows, c.k.tiles_bytes / (4 * words)));
+    const bool streamed = c.k.together > 1 && c.k.tiles_bytes / (4 * words) <= ENOUGH_ROWS;
+    const int64_t cached = streamed ? STREAMED_BYTES : c.k.tiles_bytes;
+    const int64_t fitting = std::min(MOST_ROWS, std::max(c.k.rows, cached / (4 * words)));
     const int64_t groups = std::max(ceil_div(c.p.rows, fitting), std::min<int64_t>(c.threads, c.p.rows / ENOUGH_ROWS));
     const int64_t each = ceil_div(ceil_div(c.p.rows, std::max<int64_t>(1, groups)), c.k.rows) * c.k.rows;
-    parallel_for(ceil_div(c.p.rows, each) * panels, c.threads, [&](int64_t task) {
-        const int64_t first = task / panels * each, rows = std::min(each, c.p.rows - first);
-        const int64_t all_rows = ceil_div(rows, c.k.rows) * c.k.rows;
-        uint32_t* tiles = rooms().tiles.at_least<uint32_t>(all_rows * words);
-        const bool room = c.has(tiles) && c.has(panel_room(c.low_words())) &&
-                          c.has(rooms().lines.at_least<char>(LINES_BYTES)) &&
-                          c.has(rooms().sums.at_least<float>((rows + c.k.rows) * c.k.lanes));
-        if (!room) return;
-        if (rooms().call != c.number || rooms().first != first) {
-            pack_tiles(c.k, left, first, rows, words, 0, tiles);
-            if (c.p.rank) pack_tiles(c.k, Rows{low, c.p.rank, c.p.dtype}, first, rows, words, deep, tiles);
-            rooms().call = c.number, rooms().first = first;
+    const int64_t shares = ceil_div(c.p.rows, each);
+    const int64_t together =
+        streamed ? std::clamp<int64_t>(shares * panels / (2 * c.threads), 1, c.k.together) : 1;
+    const int64_t parts = ceil_div(panels, together);
+    parallel_for(shares * parts, c.threads, [&](int64_t task) {
+        Slab s{};
+        s.first_row = task / parts * each, s.rows = std::min(each, c.p.rows - s.first_row), s.depth = left.depth;
+        s.first_panel = task % parts * together, s.panels = std::min(together, panels - s.first_panel);
+        s.padded = ceil_div(s.rows, c.k.rows) * c.k.rows;
+        uint32_t* tiles = rooms().tiles.at_least<uint32_t>(s.padded * words);
+        s.tiles = tiles;
+        s.room = rooms().panel.at_least<uint32_t>(s.panels * panel_size(c));
+        s.sums = rooms().sums.at_least<float>(s.panels * s.padded * c.k.lanes);
+        if (!c.has(tiles) || !c.has(s.room) || !c.has(s.sums)) return;
+        if (rooms().call != c.number || rooms().first != s.first_row) {
+            pack_tiles(c.k, left, s.first_row, s.rows, words, 0, tiles);
+            if (c.p.rank) pack_tiles(c.k, Rows{low, c.p.rank, c.p.dtype}, s.first_row, s.rows, words, deep, tiles);
+            rooms().call = c.number, rooms().first = s.first_row;
         }
-        work(first, rows, tiles, task % panels);
+        work(s);
     });
 }
 
-// sums of rows of `tiles`, `depth` deep, times a panel made piece by piece by make(start, count, panel). The words of
-// low, by those that up(panel) makes, are a few more of the last piece; without `lows` they are left out.
+// The slab's sums, of tiles times panels made piece by piece by make(panel, start, count, to). The words of low, by
+// those that up(panel, to) makes, are a few more of the last piece; without `lows` they are left out.
 template <class Make, class Up>
-float* multiply_panel(Call& c, const uint32_t* tiles, int64_t rows, int64_t depth, const Make& make, bool lows,
-                      const Up& up) {
-    const int64_t words = words_of(c.k, depth, c.p.dtype), step = panel_words(words, c.p.dtype), low = c.low_words();
-    uint32_t* panel = panel_room(low);
-    float* sums = rooms().sums.at_least<float>((rows + c.k.rows) * c.k.lanes);
+void multiply_slab(Call& c, const Slab& s, const Make& make, bool lows, const Up& up) {
+    const int64_t words = words_of(c.k, s.depth, c.p.dtype), step = panel_words(words, c.p.dtype), low = c.low_words();
+    const int64_t some = s.panels == 1 ? s.rows : STREAMED_TILES * c.k.rows, size = panel_size(c);
     for (int64_t start = 0; start < words; start += step) {
         int64_t count = std::min(step, words - start);
-        make(start, count, panel);
-        if (lows && start + count == words) {
-            up(panel + count * c.k.lanes);
-            count += low;
+        const bool last = lows && start + count == words;
+        for (int64_t i = 0; i < s.panels; ++i) {
+            make(s.first_panel + i, start, count, s.room + i * size);
+            if (last) up(s.first_panel + i, s.room + i * size + count * c.k.lanes);
         }
-        c.k.multiply(tiles, rows, words + low, start, count, panel, start > 0, sums);
+        if (last) count += low;
+        for (int64_t row = 0; row < s.rows; row += some)
+            for (int64_t i = 0; i < s.panels; ++i)
+                c.k.multiply(s.tiles + row * (words + low), std::min(some, s.rows - row), words + low, start, count,
+                             s.room + i * size, start > 0, s.sums + (i * s.padded + row) * c.k.lanes);
     }
-    return sums;
+}
+
+// Rows of y, `width` wide, from a slab's sums plus bias [width] of the dtype, if any.
+inline void store_slab(const Call& c, const Slab& s, const void* bias, int64_t width, void* y) {
+    const int64_t bytes = dtype_bytes(c.p.dtype), lanes = c.k.lanes, first = s.first_panel * lanes;
+    float added[MOST_TOGETHER * MOST_LANES] = {};
+    for (int64_t j = 0; bias && j < std::min(s.panels * lanes, width - first); ++j)
+        added[j] = load_value(bias, c.p.dtype, first + j);
+    for (int64_t i = 0; i < s.panels; ++i) {
+        const float* sums = s.sums + i * s.padded * lanes;
+        const int64_t some = std::min(lanes, width - first - i * lanes);
+        char* out = static_cast<char*>(y) + (s.first_row * width + first + i * lanes) * bytes;
+        for (int64_t row = 0; row < s.rows; ++row)
+            c.k.store(sums + row * lanes, added + i * lanes, some, out + row * width * bytes);
+    }
 }
 
 // Checks a problem and does the work; returns what fb_product does.

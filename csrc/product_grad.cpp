@@ -25,33 +25,31 @@ const void* gradient_of_low(Call& c, const Rows& grad) {
 
 void gradient_of_x(Call& c, const Rows& grad, const void* grad_low, const uint32_t* bits, float kept_scale) {
     const FbProduct& p = c.p;
-    const int64_t low = c.low_words(), deep = words_of(c.k, p.out_features, p.dtype);
-    for_panels(c, grad, grad_low, p.in_features, [&](int64_t first, int64_t rows, const uint32_t* tiles, int64_t panel) {
-        const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.in_features - lane);
-        const auto up = [&](uint32_t* to) { up_panel(c, lane, true, to); };
-        float* sums = multiply_panel(
-            c, tiles, rows, p.out_features,
-            [&](int64_t start, int64_t count, uint32_t* to) { c.weight.columns_panel(c.k, lane, start, count, to); },
+    const int64_t low = c.low_words(), words = words_of(c.k, p.out_features, p.dtype) + low;
+    for_slabs(c, grad, grad_low, p.in_features, [&](const Slab& s) {
+        const auto up = [&](int64_t panel, uint32_t* to) { up_panel(c, panel * c.k.lanes, true, to); };
+        multiply_slab(
+            c, s,
+            [&](int64_t panel, int64_t start, int64_t count, uint32_t* to) {
+                c.weight.columns_panel(c.k, panel * c.k.lanes, start, count, to);
+            },
             p.rank > 0 && !bits, up);
-        if (bits) {
+        for (int64_t i = 0; bits && i < s.panels; ++i) {
             alignas(64) float more[MOST_HEIGHT * MOST_LANES];
-            uint32_t* right = panel_room(low);
-            up(right);
-            for (int64_t row = 0; row < rows; row += c.k.rows) {
-                const int64_t real = std::min(c.k.rows, rows - row);
-                c.k.multiply(tiles + row * (deep + low), real, deep + low, deep, low, right, false, more);
+            const int64_t lane = (s.first_panel + i) * c.k.lanes;
+            float* sums = s.sums + i * s.padded * c.k.lanes;
+            up(s.first_panel + i, s.room);
+            for (int64_t row = 0; row < s.rows; row += c.k.rows) {
+                const int64_t real = std::min(c.k.rows, s.rows - row);
+                c.k.multiply(s.tiles + row * words, real, words, words - low, low, s.room, false, more);
                 for (int64_t r = 0; r < real; ++r) {
-                    const uint32_t* mask = bits + (first + row + r) * c.mask_words();
+                    const uint32_t* mask = bits + (s.first_row + row + r) * c.mask_words();
                     c.k.add_kept(more + r * c.k.lanes, mask[lane / 32] >> (lane % 32), kept_scale,
                                  sums + (row + r) * c.k.lanes);
                 }
             }
         }
-        const float none[MOST_LANES] = {};
-        char* out = static_cast<char*>(p.grad_x);
-        for (int64_t row = 0; row < rows; ++row)
-            c.k.store(sums + row * c.k.lanes, none, width,
-                      out + ((first + row) * p.in_features + lane) * dtype_bytes(p.dtype));
+        store_slab(c, s, nullptr, p.in_features, p.grad_x);
     });
 }
 

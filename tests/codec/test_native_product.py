@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=f"native library:
 
 DTYPES = (torch.float32, torch.bfloat16)
 # (rows of x, K, N, block size): whole tiles and panels and not, whole blocks and not, odd sizes, several
-# panels in depth, blocks longer than a row.
+# panels in depth, blocks longer than a row; so deep that with AMX several panels meet the rows together.
 SHAPES = [
     (24, 576, 192, 64),
     (17, 96, 35, 32),
@@ -32,6 +32,8 @@ SHAPES = [
     (30, 4096, 9, 4096),
     (8, 70, 2090, 64),
     (1100, 64, 40, 32),
+    (150, 2310, 290, 64),
+    (131, 320, 2200, 64),
 ]
 
 
@@ -107,11 +109,13 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, k: int, block_s
 
 
 def test_threads_do_not_show(dtype: torch.dtype, threads: int) -> None:
-    weight, x, grad = packed(1000, 576, 64), torch.randn(70, 576).to(dtype), torch.randn(70, 1000).to(dtype)
-    got, got_grad = forward(x, weight, 64, 1000, None), backward(grad, weight, 64, 576)
-    torch.set_num_threads(1)
-    assert torch.equal(got, forward(x, weight, 64, 1000, None))
-    assert torch.equal(got_grad, backward(grad, weight, 64, 576))
+    for n, k, rows in ((1000, 576, 70), (2200, 320, 150), (290, 2304, 550)):
+        weight, x, grad = packed(n, k, 64), torch.randn(rows, k).to(dtype), torch.randn(rows, n).to(dtype)
+        torch.set_num_threads(threads)
+        got, got_grad = forward(x, weight, 64, n, None), backward(grad, weight, 64, k)
+        torch.set_num_threads(1)
+        assert torch.equal(got, forward(x, weight, 64, n, None))
+        assert torch.equal(got_grad, backward(grad, weight, 64, k))
 
 
 @pytest.mark.parametrize(("k", "block_size"), [(576, 64), (101, 64), (2048, 32)])
@@ -158,6 +162,8 @@ ADAPTED = [
     (41, 33, 70, 40),
     (530, 64, 48, 8),
     (18, 70, 2090, 64),
+    (150, 2304, 290, 16),
+    (131, 320, 2200, 9),
 ]
 
 
