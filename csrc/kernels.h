@@ -197,6 +197,8 @@ struct ProductKernels {
                      const uint32_t* panel, bool add, float* sums);
     // out [width] of the dtype = sums + bias, both [lanes].
     void (*store)(const float* sums, const float* bias, int64_t width, void* out);
+    // The same for rows of sums, to rows of out so many bytes apart, past the caches; null: there is none.
+    void (*stream)(const float* sums, const float* bias, int64_t rows, int64_t width, void* out, int64_t bytes);
 };
 
 // The kernels of one instruction set, in a namespace of its name.

@@ -135,6 +135,8 @@ inline void pack_columns(const ProductKernels& k, const Rows& rows, int64_t firs
     for (int64_t i = 0; i < count; i += step) {
         const bool second = step == 2 && i + 1 < count;
         const char* at = rows.row(from + i) + first * dtype_bytes(rows.dtype);
+        __builtin_prefetch(at + 48 * rows.bytes(), 0, 2);
+        __builtin_prefetch(at + 49 * rows.bytes(), 0, 2);
         k.interleave(at, second ? at + rows.bytes() : nullptr, bits(from + i), second ? bits(from + i + 1) : 0u,
                      width, panel + i / step * k.lanes);
     }

@@ -49,10 +49,10 @@ void add_adapter(Call& c) {
 void forward(Call& c) {
     const FbProduct& p = c.p;
     const Rows x{p.x, p.in_features, p.dtype};
-    if (p.rank) {
-        const uint32_t* panels = pack_down(c, false);
-        if (!panels) return;
-        multiply_down(c, panels, p.in_features, 1.0f, p.low, [&](int64_t first, int64_t real) {
+    Down down{p.rank ? pack_down(c, false) : nullptr, 1.0f, p.low};
+    if (p.rank && !down.panels) return;
+    if (p.rank && (c.drops() || p.few)) {
+        multiply_down(c, down, p.in_features, [&](int64_t first, int64_t real) {
             if (!c.drops()) return Rows{x.row(first), x.depth, x.dtype};
             char* dropped = rooms().sums.at_least<char>(c.k.rows * x.bytes());
             if (!c.has(dropped)) return Rows{nullptr, 0, 0};
@@ -60,6 +60,7 @@ void forward(Call& c) {
                 kernels().dropout(c.dropout_row(first + r, dropped + r * x.bytes()));
             return Rows{dropped, x.depth, x.dtype};
         });
+        down.panels = nullptr;
     }
     if (p.few) {
         fb_linear_4bit(p.x, p.dtype, p.rows, p.in_features, p.out_features, p.codes, p.absmax, p.nested_absmax,
@@ -69,7 +70,7 @@ void forward(Call& c) {
     }
     restore_scales(c);
     if (!c.enough.load(std::memory_order_relaxed)) return;
-    for_slabs(c, x, p.low, p.out_features, [&](const Slab& s) {
+    for_slabs(c, x, down, p.out_features, [&](const Slab& s) {
         char* lines = rooms().lines.at_least<char>(LINES_BYTES);
         if (!c.has(lines)) return;
         multiply_slab(

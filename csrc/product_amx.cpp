@@ -42,11 +42,26 @@ void multiply(const uint32_t* tiles, int64_t rows, int64_t words, int64_t start,
     }
 }
 
+void stream_rows(const float* sums, const float* bias, int64_t rows, int64_t width, void* out, int64_t bytes) {
+    const auto half = [&](int64_t i) {
+        return _mm512_cvtepi32_epi16(round_to_bf16(_mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_loadu_ps(bias + i))));
+    };
+    for (int64_t row = 0; row < rows; ++row, sums += LANES) {
+        char* to = static_cast<char*>(out) + row * bytes;
+        if (width < LANES || uintptr_t(to) % 64 != 0)
+            store_row(sums, bias, width, to);
+        else
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to),
+                                _mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(16), 1));
+    }
+    _mm_sfence();
+}
+
 }  // namespace
 
 namespace amx {
 
 const ProductKernels product = {ROWS, LANES, TILES_IN_CACHE, 8, TILE_WORDS, height, transpose_lines, pack, columns,
-                                interleave, avx512::kept, add_kept_lanes, multiply, store_row};
+                                interleave, avx512::kept, add_kept_lanes, multiply, store_row, stream_rows};
 
 }  // namespace amx

@@ -44,6 +44,6 @@ namespace avx512 {
 
 const ProductKernels product = {
     Fp32::ROWS, 2 * Fp32::LANES, TILES_BYTES, 1, 1, tile_height<Fp32>, transpose_lines, pack_words<transpose_lines>, columns,
-    interleave, kept, add_kept_lanes, multiply_words<Fp32>, store_row};
+    interleave, kept, add_kept_lanes, multiply_words<Fp32>, store_row, nullptr};
 
 }  // namespace avx512

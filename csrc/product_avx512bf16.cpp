@@ -18,6 +18,6 @@ namespace avx512bf16 {
 
 const ProductKernels product = {
     Bf16::ROWS, 2 * Bf16::LANES, TILES_BYTES, 1, 1, tile_height<Bf16>, transpose_lines, pack_words<transpose_lines>, columns,
-    interleave, avx512::kept, add_kept_lanes, multiply_words<Bf16>, store_row};
+    interleave, avx512::kept, add_kept_lanes, multiply_words<Bf16>, store_row, nullptr};
 
 }  // namespace avx512bf16

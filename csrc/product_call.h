@@ -27,6 +27,9 @@ constexpr int64_t ENOUGH_ROWS = 256, MOST_ROWS = 1008;
 // meet up to so many panels before they are forgotten.
 constexpr int64_t STREAMED_BYTES = 8 << 20, STREAMED_TILES = 4, MOST_TOGETHER = 8;
 
+// A result of so many bytes is gone from the caches before anyone reads it.
+constexpr int64_t STREAMED_RESULT = 1 << 20;
+
 inline ProductRooms& rooms() { return product_rooms(); }
 
 struct Call {
@@ -120,47 +123,51 @@ inline void up_panel(Call& c, int64_t first, bool gradient, uint32_t* panel) {
     }
 }
 
-// out [M,r] = rows times the panels of `pack_down` times scale, a tile of rows at a time; `fill(first, real)` gives
-// the tile's rows.
-template <class Fill>
-void multiply_down(Call& c, const uint32_t* panels, int64_t depth, float scale, void* out, const Fill& fill) {
+// What a tile is multiplied with for low [M,r]: the panels of `pack_down`, and a factor.
+struct Down {
+    const uint32_t* panels;
+    float scale;
+    void* low;
+};
+
+// out [real,r] = a tile of `real` rows, `depth` of its `words` words deep, times those panels times the factor.
+inline void multiply_down(const Call& c, const Down& down, const uint32_t* tile, int64_t real, int64_t words,
+                          int64_t depth, char* out) {
     const FbProduct& p = c.p;
-    const int64_t words = words_of(c.k, depth, p.dtype), step = panel_words(words, p.dtype);
-    parallel_for(ceil_div(p.rows, c.k.rows), c.threads, [&](int64_t task) {
-        const int64_t first = task * c.k.rows, real = std::min(c.k.rows, p.rows - first);
+    const int64_t deep = words_of(c.k, depth, p.dtype), step = panel_words(deep, p.dtype);
+    alignas(64) float sums[MOST_HEIGHT * MOST_LANES];
+    const float none[MOST_LANES] = {};
+    for (int64_t panel = 0; panel < c.rank_panels(); ++panel) {
+        const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.rank - lane);
+        for (int64_t start = 0; start < deep; start += step)
+            c.k.multiply(tile, real, words, start, std::min(step, deep - start),
+                         down.panels + (panel * deep + start) * c.k.lanes, start > 0, sums);
+        for (int64_t r = 0; r < real; ++r) {
+            float* row = sums + r * c.k.lanes;
+            for (int64_t i = 0; i < width; ++i) row[i] *= down.scale;
+            c.k.store(row, none, width, out + (r * p.rank + lane) * dtype_bytes(p.dtype));
+        }
+    }
+}
+
+// low of all rows, `depth` deep; `fill(first, real)` gives those of a tile.
+template <class Fill>
+void multiply_down(Call& c, const Down& down, int64_t depth, const Fill& fill) {
+    const int64_t words = words_of(c.k, depth, c.p.dtype);
+    parallel_for(ceil_div(c.p.rows, c.k.rows), c.threads, [&](int64_t task) {
+        const int64_t first = task * c.k.rows, real = std::min(c.k.rows, c.p.rows - first);
         uint32_t* tile = rooms().rows.at_least<uint32_t>(words * c.k.rows);
         if (!c.has(tile)) return;
         const Rows rows = fill(first, real);
         if (!rows.data) return;
         pack_tile(c.k, rows, 0, real, c.k.height(real), tile);
-        alignas(64) float sums[MOST_HEIGHT * MOST_LANES];
-        const float none[MOST_LANES] = {};
-        for (int64_t panel = 0; panel < c.rank_panels(); ++panel) {
-            const int64_t lane = panel * c.k.lanes, width = std::min(c.k.lanes, p.rank - lane);
-            for (int64_t start = 0; start < words; start += step)
-                c.k.multiply(tile, real, words, start, std::min(step, words - start),
-                             panels + (panel * words + start) * c.k.lanes, start > 0, sums);
-            for (int64_t r = 0; r < real; ++r) {
-                float* row = sums + r * c.k.lanes;
-                for (int64_t i = 0; i < width; ++i) row[i] *= scale;
-                c.k.store(row, none, width,
-                          static_cast<char*>(out) + ((first + r) * p.rank + lane) * dtype_bytes(p.dtype));
-            }
-        }
+        char* out = static_cast<char*>(down.low) + first * c.p.rank * dtype_bytes(c.p.dtype);
+        multiply_down(c, down, tile, real, words, depth, out);
     });
 }
 
 // Words of a panel of a piece of depth and of low.
 inline int64_t panel_size(const Call& c) { return (MOST_WORDS + c.low_words()) * c.k.lanes; }
-
-// Tiles of `words` words, filled from word `start` on.
-inline void pack_tiles(const ProductKernels& k, const Rows& rows, int64_t first, int64_t count, int64_t words,
-                       int64_t start, uint32_t* tiles) {
-    for (int64_t row = 0; row < count; row += k.rows) {
-        const int64_t real = std::min(k.rows, count - row), height = k.height(real);
-        pack_tile(k, rows, first + row, real, height, tiles + row * words + start * height);
-    }
-}
 
 // Some rows of the left operand as tiles, whose last words are those of low, and the panels that they meet.
 struct Slab {
@@ -171,11 +178,31 @@ struct Slab {
     int64_t padded;  // rows, the last tile filled up
 };
 
+// Rows first_row .. of `left` and of low as tiles. `down` makes low, which is written where this is the first slab of
+// these rows; without panels it is there.
+inline void pack_slab(Call& c, const Rows& left, const Down& down, const Slab& s, int64_t words, uint32_t* tiles) {
+    const int64_t deep = words - c.low_words(), bytes = c.p.rank * dtype_bytes(c.p.dtype);
+    char* made = rooms().more.at_least<char>(c.k.rows * bytes);
+    if (!c.has(made)) return;
+    for (int64_t row = 0; row < s.rows; row += c.k.rows, tiles += c.k.rows * words) {
+        const int64_t real = std::min(c.k.rows, s.rows - row), height = c.k.height(real);
+        pack_tile(c.k, left, s.first_row + row, real, height, tiles);
+        if (!c.p.rank) continue;
+        char* low = static_cast<char*>(down.low) + (s.first_row + row) * bytes;
+        if (down.panels) {
+            multiply_down(c, down, tiles, real, words, left.depth, made);
+            if (s.first_panel == 0) std::memcpy(low, made, size_t(real * bytes));
+            low = made;
+        }
+        pack_tile(c.k, Rows{low, c.p.rank, c.p.dtype}, 0, real, height, tiles + deep * height);
+    }
+}
+
 // The result, `width` wide, in slabs. Each thread packs the rows that it multiplies: what another core has just
 // written is slow to read.
 template <class Work>
-void for_slabs(Call& c, const Rows& left, const void* low, int64_t width, const Work& work) {
-    const int64_t deep = words_of(c.k, left.depth, left.dtype), words = deep + c.low_words();
+void for_slabs(Call& c, const Rows& left, const Down& down, int64_t width, const Work& work) {
+    const int64_t words = words_of(c.k, left.depth, left.dtype) + c.low_words();
     const int64_t panels = ceil_div(width, c.k.lanes);
     const bool streamed = c.k.together > 1 && c.k.tiles_bytes / (4 * words) <= ENOUGH_ROWS;
     const int64_t cached = streamed ? STREAMED_BYTES : c.k.tiles_bytes;
@@ -197,8 +224,7 @@ void for_slabs(Call& c, const Rows& left, const void* low, int64_t width, const 
         s.sums = rooms().sums.at_least<float>(s.panels * s.padded * c.k.lanes);
         if (!c.has(tiles) || !c.has(s.room) || !c.has(s.sums)) return;
         if (rooms().call != c.number || rooms().first != s.first_row) {
-            pack_tiles(c.k, left, s.first_row, s.rows, words, 0, tiles);
-            if (c.p.rank) pack_tiles(c.k, Rows{low, c.p.rank, c.p.dtype}, s.first_row, s.rows, words, deep, tiles);
+            pack_slab(c, left, down, s, words, tiles);
             rooms().call = c.number, rooms().first = s.first_row;
         }
         work(s);
@@ -236,6 +262,10 @@ inline void store_slab(const Call& c, const Slab& s, const void* bias, int64_t w
         const float* sums = s.sums + i * s.padded * lanes;
         const int64_t some = std::min(lanes, width - first - i * lanes);
         char* out = static_cast<char*>(y) + (s.first_row * width + first + i * lanes) * bytes;
+        if (c.k.stream && c.p.rows * width * bytes >= STREAMED_RESULT) {
+            c.k.stream(sums, added + i * lanes, s.rows, some, out, width * bytes);
+            continue;
+        }
         for (int64_t row = 0; row < s.rows; ++row)
             c.k.store(sums + row * lanes, added + i * lanes, some, out + row * width * bytes);
     }

@@ -13,20 +13,10 @@ const uint32_t* kept_bits(Call& c) {
     return bits;
 }
 
-// grad_low [M,r] = scaling grad B.
-const void* gradient_of_low(Call& c, const Rows& grad) {
-    const uint32_t* panels = pack_down(c, true);
-    char* low = rooms().low.at_least<char>(c.p.rows * c.p.rank * dtype_bytes(c.p.dtype));
-    if (!panels || !c.has(low)) return nullptr;
-    multiply_down(c, panels, c.p.out_features, c.p.scaling, low,
-                  [&](int64_t first, int64_t) { return Rows{grad.row(first), grad.depth, grad.dtype}; });
-    return low;
-}
-
-void gradient_of_x(Call& c, const Rows& grad, const void* grad_low, const uint32_t* bits, float kept_scale) {
+void gradient_of_x(Call& c, const Rows& grad, const Down& down, const uint32_t* bits, float kept_scale) {
     const FbProduct& p = c.p;
     const int64_t low = c.low_words(), words = words_of(c.k, p.out_features, p.dtype) + low;
-    for_slabs(c, grad, grad_low, p.in_features, [&](const Slab& s) {
+    for_slabs(c, grad, down, p.in_features, [&](const Slab& s) {
         const auto up = [&](int64_t panel, uint32_t* to) { up_panel(c, panel * c.k.lanes, true, to); };
         multiply_slab(
             c, s,
@@ -53,6 +43,16 @@ void gradient_of_x(Call& c, const Rows& grad, const void* grad_low, const uint32
     });
 }
 
+// to [real, rows] = columns first .. first + real of from [rows, width].
+template <class Value>
+void transpose_values(const void* from, int64_t width, int64_t first, int64_t real, int64_t rows, void* to) {
+    constexpr int64_t LINE = 64 / sizeof(Value);  // a line of the cache at a time: `to` has far between its rows
+    for (int64_t row = 0; row < rows; row += LINE)
+        for (int64_t r = 0; r < real; ++r)
+            for (int64_t i = row; i < std::min(rows, row + LINE); ++i)
+                static_cast<Value*>(to)[r * rows + i] = static_cast<const Value*>(from)[i * width + first + r];
+}
+
 // [r, columns] = low^T times `right` [M, columns], times scale: as it is, or transposed.
 void gradient_of_adapter(Call& c, const void* low, const Rows& right, const uint32_t* bits, float scale,
                          bool transposed, float* out) {
@@ -66,10 +66,10 @@ void gradient_of_adapter(Call& c, const void* low, const Rows& right, const uint
         const int64_t first = tile * c.k.rows, real = std::min(c.k.rows, p.rank - first), height = c.k.height(real);
         char* lines = rooms().rows.at_least<char>(real * p.rows * bytes);
         if (!c.has(lines)) return;
-        for (int64_t m = 0; m < p.rows; ++m)
-            for (int64_t r = 0; r < real; ++r)
-                std::memcpy(lines + (r * p.rows + m) * bytes,
-                            static_cast<const char*>(low) + (m * p.rank + first + r) * bytes, size_t(bytes));
+        if (bytes == 2)
+            transpose_values<uint16_t>(low, p.rank, first, real, p.rows, lines);
+        else
+            transpose_values<uint32_t>(low, p.rank, first, real, p.rows, lines);
         c.k.pack(lines, p.rows * bytes, real, words, height, tiles + first * words);
     });
     parallel_for(ceil_div(right.depth, c.k.lanes), c.threads, [&](int64_t task) {
@@ -93,15 +93,24 @@ void gradient_of_adapter(Call& c, const void* low, const Rows& right, const uint
 void backward(Call& c) {
     const FbProduct& p = c.p;
     const Rows grad{p.grad, p.out_features, p.dtype}, x{p.x, p.in_features, p.dtype};
-    const void* grad_low = p.rank ? gradient_of_low(c, grad) : nullptr;
+    // grad_low [M,r] = scaling grad B.
+    Down down{nullptr, p.scaling, nullptr};
+    if (p.rank) {
+        down.panels = pack_down(c, true);
+        down.low = rooms().low.at_least<char>(p.rows * p.rank * dtype_bytes(p.dtype));
+        if (!down.panels || !c.has(down.low)) return;
+    }
     const uint32_t* bits = c.drops() ? kept_bits(c) : nullptr;
-    if (!c.enough.load(std::memory_order_relaxed)) return;
-    const float kept_scale = c.drops() ? c.dropout_row(0, nullptr).scale : 1.0f;
     if (p.grad_x) restore_scales(c);
     if (!c.enough.load(std::memory_order_relaxed)) return;
-    if (p.grad_x) gradient_of_x(c, grad, grad_low, bits, kept_scale);
+    const float kept_scale = c.drops() ? c.dropout_row(0, nullptr).scale : 1.0f;
+    if (p.grad_x)
+        gradient_of_x(c, grad, down, bits, kept_scale);
+    else if (p.rank)
+        multiply_down(c, down, p.out_features,
+                      [&](int64_t first, int64_t) { return Rows{grad.row(first), grad.depth, grad.dtype}; });
     if (p.rank && p.grad_a) {
-        gradient_of_adapter(c, grad_low, x, bits, kept_scale, false, p.grad_a);
+        gradient_of_adapter(c, down.low, x, bits, kept_scale, false, p.grad_a);
         gradient_of_adapter(c, p.low, grad, nullptr, p.scaling, true, p.grad_b);
     }
 }
