@@ -105,14 +105,18 @@ inline float capped(const LossRow& row, int64_t k) {
 
 template <int DTYPE, bool CAP>
 void cross_entropy_row(const LossRow& row) {
-    float lanes[LANES];
-    for (float& lane : lanes) lane = -std::numeric_limits<float>::infinity();
-    const auto raise = [&](int lane, float value) { lanes[lane] = value > lanes[lane] ? value : lanes[lane]; };
+    int32_t lanes[LANES];  // integers in the order of the floats, of which compilers make vectors
+    for (int32_t& lane : lanes) lane = std::numeric_limits<int32_t>::min();
+    const auto ordered = [](int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+    const auto raise = [&](int lane, float value) {
+        const int32_t place = ordered(int32_t(bits_of(value)));
+        lanes[lane] = place > lanes[lane] ? place : lanes[lane];
+    };
     int64_t k = 0;
     for (; k + LANES <= row.words; k += LANES)
         for (int lane = 0; lane < LANES; ++lane) raise(lane, capped<DTYPE, CAP>(row, k + lane));
     for (int lane = 0; k < row.words; ++k, ++lane) raise(lane, capped<DTYPE, CAP>(row, k));
-    const float highest = *std::max_element(lanes, lanes + LANES);
+    const float highest = float_of(uint32_t(ordered(*std::max_element(lanes, lanes + LANES))));
     double total = 0.0;  // of runs of fp32 sums: a vocabulary has a quarter of a million words
     for (int64_t first = 0; first < row.words; first += 4096)
         total += lane_sum(std::min<int64_t>(4096, row.words - first), [&](int64_t i) {
