@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: MiB of fp32 logits that are formed at once in the loss.
-LOSS_CHUNK = 24
+LOSS_CHUNK = 48
 #: How PEFT's `init_lora_weights` begin that take from the base what they put into the adapter, which then
 #: fits the changed base only.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

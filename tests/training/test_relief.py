@@ -121,8 +121,8 @@ def test_all_is_given_up_before_the_run_is(
         line.partition("going on with ")[2] for line in out.getvalue().splitlines() if "going on" in line
     ]
     assert given_up == [
-        "micro_batch 2", "micro_batch 1", "activation_checkpointing True", "loss_chunk 6", "loss_chunk 1",
-        "activation_tier disk", "optimizer_memory 0",
+        "micro_batch 2", "micro_batch 1", "activation_checkpointing True", "loss_chunk 12", "loss_chunk 3",
+        "loss_chunk 1", "activation_tier disk", "optimizer_memory 0",
     ]  # fmt: skip
     # The steps after it come out the same.
     monkeypatch.undo()
@@ -149,6 +149,6 @@ def test_what_counts_as_memory_that_ran_out() -> None:
 
 def test_packs_stay_whole() -> None:
     """Packs are computed one at a time already."""
-    assert next_relief(TrainSettings(packing=64, micro_batch=8), True) == {"loss_chunk": 6}
+    assert next_relief(TrainSettings(packing=64, micro_batch=8), True) == {"loss_chunk": 12}
     assert next_relief(TrainSettings(micro_batch=64, effective_batch=8), True) == {"micro_batch": 4}
     assert next_relief(TrainSettings(loss_chunk=1, micro_batch=1), False) == {"activation_tier": "host"}
