@@ -287,9 +287,9 @@ class Planner:
 
     def _loss(self, rows: int, tokens: int, trained: int, chunk: int, gradient: bool = True) -> int:
         seen = self._rehearsal.loss(rows, tokens, trained, chunk, gradient)
-        # Inside torch.logsumexp, and out of sight, stands another chunk of logits.
-        logits = min(chunk * 2**20, 4 * trained * self._vocabulary)
-        return seen + (logits if self._target.on_cpu else 0)
+        # Out of sight, what products hold: up to half as much as fp32 logits (docs/log.md).
+        held = min(chunk * 2**20, 4 * trained * self._vocabulary) // 2
+        return seen + (held if self._target.on_cpu else 0)
 
     def _evaluation(self, choice: Choice) -> Phase:
         count, longest = self._rows.heldout or (TOKENS_PER_BATCH, self._rows.longest)
