@@ -6,8 +6,10 @@
     kernels  time of each against its own bound: bytes over the bandwidth, operations over the rate of matrix
              products, both measured here; and against bitsandbytes where it is installed
     steps    training steps of 1 B and 8 B Llama shapes, random weights, r = 16 on all linear layers, the same
-             batches, against transformers + PEFT on bitsandbytes' layers where installed, else on 16-bit ones
-    memory   LLaMA shapes from 7 B to 65 B under caps of memory; paged optimizer states against unpaged ones
+             batches, against transformers + PEFT on bitsandbytes' layers where installed, else 16-bit ones;
+             against LoRA on a 16-bit base with this engine; and the share of the rate of matrix products
+    memory   LLaMA shapes from 7 B to 65 B under caps of memory, beside what `fourbit plan` expects (where
+             pydantic is installed); paged optimizer states against unpaged ones
 
 Without PART all of them, in this order, as the time allows: what is left out is named. Needs torch, triton,
 transformers, peft and safetensors, and no build of fourbit: run it with PYTHONPATH=src. `--tiny` goes through

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,12 +13,15 @@ import torch
 from big_model import SHAPES as PAPER
 from big_model import WORDS
 from gpu_common import DEVICE, HALF, Row, named, seconds
+from gpu_kernels import Bound
 from torch import Tensor
 
+#: Tokens of one text; longer rows are packed with several.
+TEXT = 1024
 #: hidden size, feed-forward, layers, heads, heads of keys, words; and rows and tokens of a step.
 SHAPES = {
     "1B": ((2048, 5632, 22, 32, 4, 32000), (4, 1024)),
-    "8B": ((4096, 14336, 32, 32, 8, 128256), (2, 1024)),
+    "8B": ((4096, 14336, 32, 32, 8, 128256), (1, 4096)),
     # The paper's models, whose queries have keys of their own.
     **{name.upper(): ((*shape, shape[-1], WORDS), (1, 512)) for name, shape in PAPER.items()},
     "tiny": ((64, 128, 2, 4, 2, 259), (2, 16)),
@@ -52,24 +57,54 @@ def memory(tiny: bool) -> list[Callable[[], Row]]:
 
 
 def compare(name: str, again: bool) -> Row:
-    """Tokens a second and peak of both sides; again: activations are checkpointed, on both."""
+    """Both sides, and LoRA on a base in 16 bits with this engine; again: all checkpoint activations.
+
+    share_of_rate  operations of the matrix products over the time and the card's rate
+    *_beyond_gb    the peak beyond the base's weights
+    """
     rows, tokens = SHAPES[name][1]
-    taken, peaks = {}, {}
-    for side in ("fourbit", "stock"):
+    taken, peaks, beyond = {}, {}, {}
+    for side in ("fourbit", "stock", "16-bit"):
         with peak_of(peaks, side):
-            taken[side] = seconds(stepper(name, side, again), 5)
+            step = stepper(name, side, again)
+            base = step.base_gb  # type: ignore[attr-defined]
+            taken[side] = seconds(step, 5)
+            del step
+        beyond[side] = peaks[side] - base
     return {
         "tokens_per_s": rows * tokens / taken["fourbit"],
         "times_stock": taken["stock"] / taken["fourbit"],
+        "times_16_bit": taken["16-bit"] / taken["fourbit"],
+        "share_of_rate": operations(name, again) / taken["fourbit"] / bound(name == "tiny").rate,
         "peak_gb": peaks["fourbit"],
         "stock_peak_gb": peaks["stock"],
+        "beyond_gb": beyond["fourbit"],
+        "stock_beyond_gb": beyond["stock"],
         "stock": "bitsandbytes" if has_bitsandbytes() else "16-bit LoRA",
     }
+
+
+@cache
+def bound(tiny: bool) -> Bound:
+    return Bound(tiny)
+
+
+def operations(name: str, again: bool) -> float:
+    """Of a step's products: with frozen weights forward, again, and backward in x; and causal attention."""
+    hidden, inner, layers, heads, kv_heads, words = SHAPES[name][0]
+    rows, tokens = SHAPES[name][1]
+    weights = 2 * hidden * hidden + 2 * hidden * (hidden // heads) * kv_heads + 3 * hidden * inner
+    forwards = 2 if again else 1
+    # Of two products forward; backward has five, the scores again among them.
+    attention = 2 * hidden * min(TEXT, tokens) / 2 * (2 * forwards + 5)
+    per_token = layers * (2 * weights * (forwards + 1) + attention) + 2 * 2 * words * hidden
+    return float(rows * tokens * per_token)
 
 
 def capped(name: str, rank: int, bits: int, cap: int, weights: str) -> Row:
     """Steps with activation checkpointing, where the card gives no more than so many GB."""
     peaks: dict[str, float] = {}
+    plan = {"predicted_gb": predicted_gb(name, rank, bits, weights)} if find_spec("pydantic") else {}
     if DEVICE.type == "cuda":
         total = torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / total), DEVICE)
@@ -81,7 +116,31 @@ def capped(name: str, rank: int, bits: int, cap: int, weights: str) -> Row:
     finally:
         if DEVICE.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-    return {"peak_gb": peaks["all"], "step_s": taken, "finite": loss == loss}
+    return {"peak_gb": peaks["all"], **plan, "step_s": taken, "finite": loss == loss}
+
+
+def predicted_gb(name: str, rank: int, bits: int, weights: str) -> float:
+    """What `fourbit plan` expects torch to allocate in such a step."""
+    from fourbit.config_file import resolve
+    from fourbit.training.planner import plan_run
+    from fourbit.training.target import Rows
+
+    rows, tokens = SHAPES[name][1]
+    train = {"micro_batch": rows, "effective_batch": rows, "activation_checkpointing": True}
+    train |= {"optimizer": "adamw_8bit", "optimizer_memory": 0} if bits == 8 else {"optimizer": "adamw"}
+    with tempfile.TemporaryDirectory(prefix="fourbit-gpu-") as folder:
+        llama(name).save_pretrained(folder)
+        config = resolve(
+            {
+                "model": {"path": folder, "weight_tier": weights if DEVICE.type == "cuda" else "device"},
+                "lora": {"r": rank, "dropout": 0},
+                "data": {"train": "rows.jsonl", "max_length": tokens},
+                "train": train,
+            }
+        )
+        plan = plan_run(config, device=DEVICE.type, rows=Rows(tokens, count=rows, words=0, heldout=(0, 0)))
+    step = next(phase for phase in plan.phases if phase.name == "a training step")
+    return sum(part.size for part in (*plan.held, *step.parts) if part.name != "runtime") / 1e9
 
 
 class peak_of:
@@ -114,7 +173,9 @@ def stepper(
     states: int | None = None,
     weights: str = "device",
 ) -> Callable[[], float]:
-    """A call that takes one step; both sides form the logits of a chunk of rows at a time.
+    """A call that takes one step, with `base_gb`, what frozen weights take.
+
+    All sides form the logits of a chunk of rows at a time.
 
     bits, states  of fourbit's optimizer, and the bytes of its states that stay on the card; None: all
     weights       where fourbit's packed weights are: device or host
@@ -123,8 +184,9 @@ def stepper(
     from fourbit.nn.loss import causal_lm_loss
     from fourbit.optim import PagedAdamW
 
-    ours = side == "fourbit"
-    model = fourbit_model(name, rank, weights) if ours else stock_model(name, rank)
+    ours = side != "stock"
+    before = allocated()
+    model = fourbit_model(name, rank, weights, packed=side == "fourbit") if ours else stock_model(name, rank)
     base = model.get_base_model()
     if again and ours:
         checkpoint_activations(base)
@@ -133,6 +195,7 @@ def stepper(
         base.enable_input_require_grads()
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
+    base_gb = (allocated() - before - sum(p.nbytes for p in trained)) / 1e9
     optimizer: Any
     if ours:
         optimizer = PagedAdamW(trained, RATE, bits=bits, memory=states)
@@ -145,14 +208,21 @@ def stepper(
             total, count = causal_lm_loss(model, batch)
             loss = total / count
         else:
-            hidden = base.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = base.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).last_hidden_state
             loss = chunked_loss(base.lm_head, hidden[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
+    step.base_gb = base_gb  # type: ignore[attr-defined]
     return step
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
 
 
 class Batch:
@@ -163,7 +233,7 @@ class Batch:
         self.input_ids = torch.randint(0, words, (rows, tokens), generator=generator).to(DEVICE)
         self.labels = self.input_ids.clone()
         self.attention_mask = None
-        self.position_ids = torch.arange(tokens, device=DEVICE).expand(rows, tokens)
+        self.position_ids = (torch.arange(tokens, device=DEVICE) % TEXT).expand(rows, tokens)
 
 
 def chunked_loss(head: Any, hidden: Tensor, labels: Tensor, rows: int = 512) -> Tensor:
@@ -179,8 +249,8 @@ def chunked_loss(head: Any, hidden: Tensor, labels: Tensor, rows: int = 512) -> 
     return total / labels.numel()
 
 
-def fourbit_model(name: str, rank: int, weights: str) -> Any:
-    """Random packed weights, made where they stay: no 16-bit copy is ever there."""
+def fourbit_model(name: str, rank: int, weights: str, packed: bool = True) -> Any:
+    """Random weights, made where they stay: of packed ones no 16-bit copy is ever there."""
     from transformers import AutoModelForCausalLM
 
     from fourbit.memory.stream import stream_from_host
@@ -189,7 +259,8 @@ def fourbit_model(name: str, rank: int, weights: str) -> Any:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(llama(name), dtype=HALF)
-        pack_skeleton(model, {f"{path}.weight" for path in linear_layers(model)}, "nf4", 64, True, HALF)
+        if packed:
+            pack_skeleton(model, {f"{path}.weight" for path in linear_layers(model)}, "nf4", 64, True, HALF)
     model.to_empty(device=DEVICE if weights == "device" else "cpu")
     fill_randomly(model)
     model.requires_grad_(False)
