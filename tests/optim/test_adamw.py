@@ -117,6 +117,33 @@ def test_16_bit_parameters_have_32_bit_states():
     assert states(optimizers[0]) == states(optimizers[1])
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_pages_that_are_there_take_one_launch(bits, small_pages, tmp_path, monkeypatch):
+    launches = []
+    name = "adamw" if bits == 32 else "adamw_8bit"
+    real = getattr(adamw.ops, name)
+    monkeypatch.setattr(adamw.ops, name, lambda pieces: (launches.append(len(pieces)), real(pieces)))
+
+    def launched(params: list[nn.Parameter], memory: int | None) -> int:
+        optimizer = PagedAdamW(params, bits=bits, memory=memory, folder=tmp_path)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        launches.clear()
+        optimizer.step()
+        assert sum(launches) == sum(len(page) for page in optimizer._layout)
+        optimizer.close()
+        return len(launches)
+
+    count = len(adamw._lay_out(parameters()))
+    assert count > 3
+    one = 1024 // adamw.BLOCK * adamw._BLOCK_BYTES[bits]
+    assert launched(parameters(), None) == 1
+    assert launched(parameters(), 3 * one) == 1 + count - 3
+    assert launched(parameters(), 0) == count
+    # Copies of 16-bit weights in fp32 are of a page at a time.
+    assert launched([nn.Parameter(param.detach().bfloat16()) for param in parameters()], None) == count
+
+
 def test_8_bits_learn_like_32():
     def loss_after(bits: int) -> float:
         torch.manual_seed(0)

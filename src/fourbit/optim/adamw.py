@@ -113,16 +113,22 @@ class PagedAdamW(torch.optim.Optimizer):
             for number, page in enumerate(self._layout)
             if any(segment.parameter in coefficients for segment in page)
         }
-        for number, page in self.pages.sweep(wanted, write=True):
-            self._update([s for s in self._layout[number] if s.parameter in coefficients], page, coefficients)
+        # In one launch what is there, unless 16-bit weights need copies, which are of a page at a time.
+        whole = all(parameter.dtype == torch.float32 for parameter in coefficients)
+        together = self.pages.resident(wanted) if whole else {}
+        if together:
+            self._update(together, coefficients)
+        for number, page in self.pages.sweep(wanted - together.keys(), write=True):
+            self._update({number: page}, coefficients)
         return loss
 
-    def _update(
-        self, segments: list[_Segment], page: Tensor, coefficients: dict[nn.Parameter, Tensor]
-    ) -> None:
+    def _update(self, pages: dict[int, Tensor], coefficients: dict[nn.Parameter, Tensor]) -> None:
         weights, pieces = [], []
-        for segment in segments:
+        placed = [(segment, page) for number, page in pages.items() for segment in self._layout[number]]
+        for segment, page in placed:
             parameter = segment.parameter
+            if parameter not in coefficients:
+                continue
             assert parameter.grad is not None
             weight = parameter.view(-1)[segment.start : segment.end]
             grad = parameter.grad.contiguous().view(-1)[segment.start : segment.end]

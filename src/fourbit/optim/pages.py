@@ -53,6 +53,10 @@ class Pages:
         """Bytes of the pages that are resident."""
         return sum(self.sizes[page] for page in self._resident)
 
+    def resident(self, wanted: Collection[int]) -> dict[int, Tensor]:
+        """Those of the wanted pages that are resident, in order, each with its bytes, uint8."""
+        return {page: self._resident[page] for page in sorted(wanted) if page in self._resident}
+
     def set_memory(self, memory: int | None) -> None:
         """Move pages until the resident ones are those of a budget; not within a `sweep`."""
         fitting = self._fitting(memory)
