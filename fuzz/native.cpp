@@ -190,8 +190,10 @@ void linear() {
 
 void product() {
     const int dtype = static_cast<int>(below(2));
-    const int64_t m = between(1, chance(6) ? 60 : 14), k = between(1, chance(9) ? 1100 : 150), size = block_size();
-    const int64_t n = between(1, chance(9) ? 1100 : 50), r = chance(3) ? 0 : between(1, chance(6) ? 70 : 20);
+    const bool large = chance(40);  // several panels of deep weights meet many rows, and a megabyte comes out
+    const int64_t most_m = large ? 300 : chance(6) ? 60 : 14, most = large ? 2700 : 1100;
+    const int64_t m = between(1, most_m), k = between(1, large || chance(9) ? most : 150), size = block_size();
+    const int64_t n = between(1, large || chance(9) ? most : 50), r = chance(3) ? 0 : between(1, chance(6) ? 70 : 20);
     Buffer x = values(dtype, m * k), bias = values(dtype, n), grad = values(dtype, m * n);
     Buffer codes((n * k + 1) / 2), book = ascending(16), a = floats(r * k), b = floats(n * r);
     Buffer low = values(dtype, m * r);
