@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fourbit.defaults import BLOCK_SIZES
 from fourbit.errors import QuantizationError, nearest
 
 # NF4 (QLoRA, arXiv:2305.14314, section 3, "4-bit NormalFloat Quantization"). With Q the quantile
@@ -52,8 +53,6 @@ _VALUES = {"nf4": _NF4, "fp4": _FP4, "int4": _INT4}
 
 #: Names of the built-in codebooks.
 QUANT_TYPES = tuple(_VALUES)
-#: Values per scale that the codec accepts: bitsandbytes' set.
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def _fp32(*values: float) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+#: Values per scale that the codec accepts: bitsandbytes' set.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+#: LoRA's rank, alpha and dropout.
+LORA = (16, 32, 0.05)
 #: MiB of fp32 logits that are formed at once in the loss.
 LOSS_CHUNK = 48
 #: How PEFT's `init_lora_weights` begin that take from the base what they put into the adapter, which then

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.cli.common import console, print_json, stage_progress
-from fourbit.config import BLOCK_SIZES
+from fourbit.defaults import BLOCK_SIZES
 from fourbit.errors import ConfigError, ModelError
 
 

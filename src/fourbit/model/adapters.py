@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fourbit.config import LoraSettings
+from fourbit.defaults import LORA
 from fourbit.errors import ConfigError, ModelError, nearest
 from fourbit.memory.stream import stream_of
 from fourbit.model.adapter_check import check_adapter, check_complete
@@ -53,9 +53,9 @@ _MEANING_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3
 
 def add_lora(
     model: PreTrainedModel,
-    r: int = LoraSettings.model_fields["r"].default,
-    alpha: float = LoraSettings.model_fields["alpha"].default,
-    dropout: float = LoraSettings.model_fields["dropout"].default,
+    r: int = LORA[0],
+    alpha: float = LORA[1],
+    dropout: float = LORA[2],
     target_modules: str | Sequence[str] = "all-linear",
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.codebooks import codebook, dynamic_map
-from fourbit.config import BLOCK_SIZES
+from fourbit.defaults import BLOCK_SIZES
 from fourbit.errors import ModelError
 from fourbit.limits import parse_json
 from fourbit.model.formats.lazy import LazyTensor

@@ -23,7 +23,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from fourbit.codebooks import BLOCK_SIZES, QUANT_TYPES
+from fourbit.codebooks import QUANT_TYPES
+from fourbit.defaults import BLOCK_SIZES
 from fourbit.errors import ModelError
 from fourbit.model.formats.lazy import LazyTensor
 
