@@ -32,6 +32,17 @@ def kernels(tiny: bool) -> list[Callable[[], Row]]:
         ),
         *(named(f"adamw, {bits} bits", lambda bits=bits: time_adamw(bits, tiny, bound)) for bits in (32, 8)),
         named("cross-entropy", lambda: time_loss(tiny, bound)),
+        *(
+            named(
+                f"{what}, forward and backward: {how}",
+                lambda what=what, how=how: time_pass(what, how, tiny, bound),
+            )
+            for what in ("RMS norm", "gated activation")
+            for how in (
+                "transformers",
+                *(["Liger"] if find_spec("liger_kernel") and DEVICE.type == "cuda" else []),
+            )
+        ),
     ]
 
 
@@ -149,3 +160,33 @@ def time_loss(tiny: bool, bound: Bound) -> Row:
     labels = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     taken = seconds(lambda: loss.cross_entropy(logits, labels, 1.0, None, True))
     return bound.share(taken, 3 * logits.nbytes)
+
+
+def time_pass(what: str, how: str, tiny: bool, bound: Bound) -> Row:
+    """What a card runs by transformers' own code, forward and backward; are Liger's worth a dependency?"""
+    norm = what == "RMS norm"
+    rows, width = (8, 64) if tiny else (4096, 4096 if norm else 14336)
+    x, more = (torch.randn(rows, width, device=DEVICE).to(HALF).requires_grad_() for _ in range(2))
+    inputs, grad = (x,) if norm else (x, more), torch.randn_like(x)
+    call = (liger_pass if how == "Liger" else plain_pass)(norm, width)
+    taken = seconds(lambda: torch.autograd.grad(call(*inputs), inputs, grad))
+    # Reads and writes of one pass each way.
+    return bound.share(taken, (2 + 3 if norm else 3 + 5) * x.nbytes)
+
+
+def plain_pass(norm: bool, width: int) -> Callable[..., Tensor]:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    if norm:
+        return LlamaRMSNorm(width).to(DEVICE, HALF).requires_grad_(False)
+    return lambda gate, up: torch.nn.functional.silu(gate) * up
+
+
+def liger_pass(norm: bool, width: int) -> Callable[..., Tensor]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    weight = torch.ones(width, device=DEVICE, dtype=HALF)
+    if norm:
+        return lambda x: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False)
+    return LigerSiLUMulFunction.apply
