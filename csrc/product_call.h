@@ -223,7 +223,9 @@ void for_slabs(Call& c, const Rows& left, const Down& down, int64_t width, const
         s.room = rooms().panel.at_least<uint32_t>(s.panels * panel_size(c));
         s.sums = rooms().sums.at_least<float>(s.panels * s.padded * c.k.lanes);
         if (!c.has(tiles) || !c.has(s.room) || !c.has(s.sums)) return;
-        if (rooms().call != c.number || rooms().first != s.first_row) {
+        // The first slab of these rows writes low, though this thread may have come to a later one before.
+        const bool writes = down.panels && s.first_panel == 0;
+        if (writes || rooms().call != c.number || rooms().first != s.first_row) {
             pack_slab(c, left, down, s, words, tiles);
             rooms().call = c.number, rooms().first = s.first_row;
         }

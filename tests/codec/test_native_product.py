@@ -203,6 +203,30 @@ def test_adapter_against_fp64(dtype: torch.dtype, shape: tuple[int, ...], p: flo
         assert (got.double() - truth).norm() <= bound * truth.norm()
 
 
+def test_low_is_complete_whichever_thread_comes_first(dtype: torch.dtype) -> None:
+    """More threads than cores, so that one takes over what another has not begun."""
+    rows, k, n = 96, 192, 640
+    weight = Packed(n, k, *packed(n, k, 64), None, None, codebook("nf4"), 64)
+    lora, x = adapter(n, k, 16), torch.randn(rows, k).to(dtype)
+    grads = [torch.randn(rows, n).to(dtype) for _ in range(2)]
+    before = torch.get_num_threads()
+
+    def results(grad: Tensor) -> list[Tensor]:
+        low = product(x, weight, None, lora)[1]
+        found = [low.clone(), *product_grad(grad, weight, lora, x=x, low=low, needs_adapter=True)]
+        low.fill_(7.0)  # memory that the next call may get
+        return found
+
+    try:
+        torch.set_num_threads(1)
+        wanted = [results(grad) for grad in grads]
+        torch.set_num_threads(6)
+        for turn in range(60):
+            assert all(map(torch.equal, results(grads[turn % 2]), wanted[turn % 2]))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_adapter_without_effect_changes_nothing(dtype: torch.dtype) -> None:
     weight = Packed(70, 101, *packed(70, 101, 64), None, None, codebook("nf4"), 64)
     x, lora = torch.randn(29, 101).to(dtype), adapter(70, 101, 8)
