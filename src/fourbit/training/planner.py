@@ -287,8 +287,8 @@ class Planner:
 
     def _loss(self, rows: int, tokens: int, trained: int, chunk: int, gradient: bool = True) -> int:
         seen = self._rehearsal.loss(rows, tokens, trained, chunk, gradient)
-        # Out of sight, what products hold: up to half as much as fp32 logits (docs/log.md).
-        held = min(chunk * 2**20, 4 * trained * self._vocabulary) // 2
+        # Out of sight, what products hold: about half as much as the logits (docs/log.md).
+        held = min(chunk * 2**20 // 4, trained * self._vocabulary) * self._target.dtype.itemsize // 2
         return seen + (held if self._target.on_cpu else 0)
 
     def _evaluation(self, choice: Choice) -> Phase:
