@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +20,10 @@ MANY = ("restore and multiply", "fused")
 
 def kernels(tiny: bool) -> list[Callable[[], Row]]:
     shape = (48, 64) if tiny else (14336, 4096)
-    bound = Bound(tiny)
+    bound = bound_of(tiny)
+    # Liger's kernels do not run under Triton's interpreter.
+    liger = DEVICE.type == "cuda" and find_spec("liger_kernel") is not None
+    passes = ("transformers", "Liger") if liger else ("transformers",)
     return [
         named("bandwidth and matrix rate", bound.row),
         named("quantize", lambda: time_codec(shape, bound, "quantize")),
@@ -33,15 +37,9 @@ def kernels(tiny: bool) -> list[Callable[[], Row]]:
         *(named(f"adamw, {bits} bits", lambda bits=bits: time_adamw(bits, tiny, bound)) for bits in (32, 8)),
         named("cross-entropy", lambda: time_loss(tiny, bound)),
         *(
-            named(
-                f"{what}, forward and backward: {how}",
-                lambda what=what, how=how: time_pass(what, how, tiny, bound),
-            )
+            named(f"{what}: {how}", lambda what=what, how=how: time_pass(what, how, tiny, bound))
             for what in ("RMS norm", "gated activation")
-            for how in (
-                "transformers",
-                *(["Liger"] if find_spec("liger_kernel") and DEVICE.type == "cuda" else []),
-            )
+            for how in passes
         ),
     ]
 
@@ -76,6 +74,11 @@ class Bound:
     def share(self, taken: float, nbytes: float) -> Row:
         """How much of the bandwidth a call of so many bytes reaches."""
         return {"ms": 1000 * taken, "share_of_bandwidth": nbytes / taken / self.bandwidth}
+
+
+@cache
+def bound_of(tiny: bool) -> Bound:
+    return Bound(tiny)
 
 
 def time_codec(shape: tuple[int, int], bound: Bound, what: str) -> Row:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from big_model import SHAPES as PAPER
 from big_model import WORDS
 from gpu_common import DEVICE, HALF, Row, named, seconds
-from gpu_kernels import Bound
+from gpu_kernels import bound_of
 from torch import Tensor
 
 #: Tokens of one text; longer rows are packed with several.
@@ -75,18 +74,13 @@ def compare(name: str, again: bool) -> Row:
         "tokens_per_s": rows * tokens / taken["fourbit"],
         "times_stock": taken["stock"] / taken["fourbit"],
         "times_16_bit": taken["16-bit"] / taken["fourbit"],
-        "share_of_rate": operations(name, again) / taken["fourbit"] / bound(name == "tiny").rate,
+        "share_of_rate": operations(name, again) / taken["fourbit"] / bound_of(name == "tiny").rate,
         "peak_gb": peaks["fourbit"],
         "stock_peak_gb": peaks["stock"],
         "beyond_gb": beyond["fourbit"],
         "stock_beyond_gb": beyond["stock"],
         "stock": "bitsandbytes" if has_bitsandbytes() else "16-bit LoRA",
     }
-
-
-@cache
-def bound(tiny: bool) -> Bound:
-    return Bound(tiny)
 
 
 def operations(name: str, again: bool) -> float:

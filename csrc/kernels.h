@@ -169,11 +169,14 @@ struct AttentionKernels {
     void (*finish)(const AttentionHead& kv, int64_t cut, const float* early, const float* late, char* room);
 };
 
+// Panels that a tile meets in turn, at most.
+constexpr int64_t MOST_TOGETHER = 8;
+
 // The many-row product, see product.cpp: tiles of `rows` rows of x by panels of `lanes` columns of the result.
 struct ProductKernels {
     int64_t rows, lanes;
     int64_t tiles_bytes;  // so many of x meet a panel: as many as a core's caches feed fast enough
-    int64_t together;     // of the panels, that a tile meets in turn where too few rows fit; at most 8
+    int64_t together;     // of the panels, that a tile meets in turn where too few rows fit; at most MOST_TOGETHER
     int64_t step;         // the words of a tile and of a panel are a multiple of it, zeros beyond the last
     // How many rows a tile of so many has, zeros included; at most `rows`.
     int64_t (*height)(int64_t rows);

@@ -124,6 +124,9 @@ struct Weight {
     }
 };
 
+// Rows, which lie too far apart for the processor to foresee them; into the second cache.
+constexpr int64_t FETCHED_AHEAD = 48;
+
 // Lanes first .. first + lanes of rows from .. from + count as they lie in memory; words are made of the rows.
 // kept: bits of the values that count, [rows, mask_words], or null for all.
 inline void pack_columns(const ProductKernels& k, const Rows& rows, int64_t first, int64_t from, int64_t count,
@@ -135,8 +138,8 @@ inline void pack_columns(const ProductKernels& k, const Rows& rows, int64_t firs
     for (int64_t i = 0; i < count; i += step) {
         const bool second = step == 2 && i + 1 < count;
         const char* at = rows.row(from + i) + first * dtype_bytes(rows.dtype);
-        __builtin_prefetch(at + 48 * rows.bytes(), 0, 2);
-        __builtin_prefetch(at + 49 * rows.bytes(), 0, 2);
+        __builtin_prefetch(at + FETCHED_AHEAD * rows.bytes(), 0, 2);
+        __builtin_prefetch(at + (FETCHED_AHEAD + 1) * rows.bytes(), 0, 2);
         k.interleave(at, second ? at + rows.bytes() : nullptr, bits(from + i), second ? bits(from + i + 1) : 0u,
                      width, panel + i / step * k.lanes);
     }

@@ -61,7 +61,7 @@ void stream_rows(const float* sums, const float* bias, int64_t rows, int64_t wid
 
 namespace amx {
 
-const ProductKernels product = {ROWS, LANES, TILES_IN_CACHE, 8, TILE_WORDS, height, transpose_lines, pack, columns,
+const ProductKernels product = {ROWS, LANES, TILES_IN_CACHE, MOST_TOGETHER, TILE_WORDS, height, transpose_lines, pack, columns,
                                 interleave, avx512::kept, add_kept_lanes, multiply, store_row, stream_rows};
 
 }  // namespace amx

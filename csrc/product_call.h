@@ -24,8 +24,8 @@ namespace {
 // share the rows, and so few that a thread has room for them.
 constexpr int64_t ENOUGH_ROWS = 256, MOST_ROWS = 1008;
 // Where fewer rows fit the cache, tiles come from the last one: so many bytes of them, so many tiles at a time, which
-// meet up to so many panels before they are forgotten.
-constexpr int64_t STREAMED_BYTES = 8 << 20, STREAMED_TILES = 4, MOST_TOGETHER = 8;
+// meet some panels before they are forgotten.
+constexpr int64_t STREAMED_BYTES = 8 << 20, STREAMED_TILES = 4;
 
 // A result of so many bytes is gone from the caches before anyone reads it.
 constexpr int64_t STREAMED_RESULT = 1 << 20;

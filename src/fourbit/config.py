@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from fourbit.defaults import BLOCK_SIZES, LORA, LOSS_CHUNK
+from fourbit.defaults import BLOCK_SIZES, LORA_ALPHA, LORA_DROPOUT, LORA_R, LOSS_CHUNK
 from fourbit.errors import nearest
 
 QuantType = Literal["nf4", "fp4", "int4", "none"]
@@ -112,10 +112,10 @@ class ModelSettings(_Settings):
 class LoraSettings(_Settings):
     """The adapter (Hu et al., arXiv:2106.09685; placement and rank from QLoRA section 4)."""
 
-    r: int = Field(default=LORA[0], ge=1, description="rank; 8 to 16 for small models, 64 to 128 above 30B")
-    alpha: float = Field(default=LORA[1], gt=0, description="the adapter's output is scaled by alpha / r")
+    r: int = Field(default=LORA_R, ge=1, description="rank; 8 to 16 for small models, 64 to 128 above 30B")
+    alpha: float = Field(default=LORA_ALPHA, gt=0, description="the adapter's output is scaled by alpha / r")
     dropout: float = Field(
-        default=LORA[2], ge=0, lt=1, description="dropout on the adapter's input (QLoRA: 0.05)"
+        default=LORA_DROPOUT, ge=0, lt=1, description="dropout on the adapter's input (QLoRA: 0.05)"
     )
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear", description="all-linear, attention, or a list of layer-name endings or patterns"

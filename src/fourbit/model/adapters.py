@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fourbit.defaults import LORA
+from fourbit.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R
 from fourbit.errors import ConfigError, ModelError, nearest
 from fourbit.memory.stream import stream_of
 from fourbit.model.adapter_check import check_adapter, check_complete
@@ -53,9 +53,9 @@ _MEANING_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3
 
 def add_lora(
     model: PreTrainedModel,
-    r: int = LORA[0],
-    alpha: float = LORA[1],
-    dropout: float = LORA[2],
+    r: int = LORA_R,
+    alpha: float = LORA_ALPHA,
+    dropout: float = LORA_DROPOUT,
     target_modules: str | Sequence[str] = "all-linear",
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),
